@@ -1,0 +1,35 @@
+# Each target sets up all it needs. VENV=path to use another environment.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: reproduce test lint format bench clean
+
+reproduce: $(VENV)/.paper  ## the paper's effect on handwritten digits, with a report
+	$(BIN)/batchrenorm reproduce digits
+
+test: $(VENV)/.dev  ## all tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+lint: $(VENV)/.dev  ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.bench  ## speed against nn.BatchNorm and the peers
+	$(BIN)/python -m benchmarks run
+	$(BIN)/python -m benchmarks table
+
+$(VENV)/.%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[$(if $(filter dev,$*),paper$(comma)dev,$*)]'
+	touch $@
+
+comma := ,
+
+clean:
+	rm -rf $(VENV) runs

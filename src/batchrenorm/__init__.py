@@ -1,0 +1,36 @@
+"""Batch Renormalization (S. Ioffe, 2017) for PyTorch: exact, drop-in for `torch.nn.BatchNorm`."""
+
+from . import reference
+from .convert import convert_batchnorm, to_batchnorm
+from .functional import batch_renorm
+from .modules import (
+    BatchRenorm,
+    BatchRenorm1d,
+    BatchRenorm2d,
+    BatchRenorm3d,
+    LazyBatchRenorm1d,
+    LazyBatchRenorm2d,
+    LazyBatchRenorm3d,
+    set_step,
+)
+from .samplers import LabelGroupBatchSampler
+from .schedule import ClipSchedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchRenorm",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
+    "ClipSchedule",
+    "LabelGroupBatchSampler",
+    "LazyBatchRenorm1d",
+    "LazyBatchRenorm2d",
+    "LazyBatchRenorm3d",
+    "batch_renorm",
+    "convert_batchnorm",
+    "reference",
+    "set_step",
+    "to_batchnorm",
+]

@@ -1,0 +1,277 @@
+"""The paper on (C,)-vectors: r, d and the moving averages, and what a recomputed forward gets instead.
+
+A training forward reads the averages and then moves them, so running the same forward a second time in the backward
+would find other averages, other r and d, and so silently other gradients. It happens in activation checkpointing, and in
+torch.compile, which may recompute anything that looks cheap, from buffers that it has updated meanwhile. So every forward
+leaves behind the averages that it has used (`_History`), and a recomputation, recognised by running inside the autograd
+engine, takes them from there and moves nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils.checkpoint import CheckpointPolicy
+
+PENDING_FORWARDS = 64
+"""How many forwards of one layer may wait for their backwards if these recompute (a pipeline keeps several in flight)."""
+
+
+class Corrected(NamedTuple):
+    r: Tensor  # (G, C)
+    d: Tensor  # (G, C)
+    running_mean: Tensor  # (C,), after the step
+    running_var: Tensor  # (C,), after the step
+    step: Tensor | None
+
+
+def correct(
+    mu_B: Tensor,
+    sigma_B: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    step: Tensor | None,
+    share: Tensor | None = None,
+    *,
+    alpha: float | Tensor,
+    eps: float,
+    r_max: float | Tensor,
+    d_max: float | Tensor,
+    layer: Tensor,
+) -> Corrected:
+    """r and d from the averages before the step, and the averages after it; nothing is modified.
+
+    Args:
+        mu_B: ``(G, C)`` means of the G microbatches, float32 or float64.
+        sigma_B: ``(G, C)`` standard deviations with epsilon inside.
+        running_mean: ``(C,)``, any floating dtype.
+        running_var: ``(C,)``, sigma² - eps.
+        step: 0-d integer counter of training forwards, or None.
+        share: ``(G,)`` weights of the microbatches in the update, summing to 1; None is equal weights.
+        alpha, r_max, d_max: floats or 0-d tensors.
+        eps: epsilon.
+        layer: any tensor whose storage lives as long as the layer and is never written: the name of its history.
+    """
+    # Under a compiler, a transform or a dispatch mode the operator stands in for its body; in plain eager it would only
+    # add its dispatch, about as much as all the arithmetic here.
+    if is_plain_eager(mu_B):
+        return _correct(mu_B, sigma_B, running_mean, running_var, step, share, alpha, eps, r_max, d_max, layer)
+    limits = torch.stack([_as_scalar(v, mu_B) for v in (alpha, r_max, d_max)])
+    out = torch.ops.batchrenorm.correct(mu_B, sigma_B, running_mean, running_var, step, share, limits, eps, layer)
+    return Corrected(*out[:4], None if step is None else out[4])
+
+
+def _correct(
+    mu_B: Tensor,
+    sigma_B: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    step: Tensor | None,
+    share: Tensor | None,
+    alpha: float | Tensor,
+    eps: float,
+    r_max: float | Tensor,
+    d_max: float | Tensor,
+    layer: Tensor,
+) -> Corrected:
+    mu = running_mean.to(mu_B.dtype)
+    sigma = (running_var.to(mu_B.dtype) + eps).sqrt()
+    history = _HISTORIES.setdefault(layer.untyped_storage(), _History())
+
+    # With several microbatches one update by the mean of their means and of their sigmas: sigma stays E[sigma_B].
+    if share is not None:
+        share = share.to(mu_B.dtype)
+        mean, std = share @ mu_B, share @ sigma_B
+    else:
+        mean, std = (mu_B[0], sigma_B[0]) if mu_B.shape[0] == 1 else (mu_B.mean(0), sigma_B.mean(0))
+
+    task = torch._C._current_graph_task_id()
+    if task != -1:
+        mu, sigma, r_max, d_max = history.recall(mean, std, task)
+        r, d = _r_d(mu_B, sigma_B, mu, sigma, r_max, d_max)
+        return Corrected(r, d, running_mean.clone(), running_var.clone(), None if step is None else step.clone())
+
+    r, d = _r_d(mu_B, sigma_B, mu, sigma, r_max, d_max)
+    # The running buffer itself will be written; every other tensor here is new.
+    history.entries.append(_Entry(mean, mu.clone() if mu is running_mean else mu, sigma, r_max, d_max))
+    if isinstance(alpha, Tensor):
+        alpha = alpha.to(mu.dtype)
+    new_mean = torch.lerp(mu, mean, alpha)
+    new_var = torch.lerp(sigma, std, alpha).square_().sub_(eps).clamp_(min=0.0)
+    # A channel that overflowed must not poison the averages: a gradient scaler will skip this step.
+    # x - x is 0 for a finite x and NaN otherwise, and one sum over all channels finds that almost always there is none.
+    bad = (mean - mean) + (std - std)
+    if mean.device.type != "cpu" or bad.sum().item() != 0.0:
+        finite = bad == 0
+        new_mean, new_var = torch.where(finite, new_mean, mu), torch.where(finite, new_var, running_var.to(mu_B.dtype))
+    return Corrected(r, d, new_mean, new_var, None if step is None else step + 1)
+
+
+def _r_d(
+    mu_B: Tensor, sigma_B: Tensor, mu: Tensor, sigma: Tensor, r_max: float | Tensor, d_max: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    r = (sigma_B / sigma).clamp_(1 / r_max, r_max)
+    d = (mu_B - mu).div_(sigma).clamp_(-d_max, d_max)
+    return r, d
+
+
+class _Entry(NamedTuple):
+    mean: Tensor  # (C,) what this forward saw: by this a recomputation finds it
+    mu: Tensor  # (C,) what it used
+    sigma: Tensor  # (C,)
+    r_max: float | Tensor
+    d_max: float | Tensor
+
+
+class _History:
+    """The averages and limits that the last forwards of one layer have used, each found again by its minibatch's mean."""
+
+    def __init__(self) -> None:
+        self.entries: deque[_Entry] = deque(maxlen=PENDING_FORWARDS)
+        self.task = -1
+        self.taken: list[_Entry] = []
+
+    def recall(self, mean: Tensor, std: Tensor, task: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The (mu, sigma, r_max, d_max) of the forward whose minibatch had this mean.
+
+        The nearest mean, not the equal one: a compiler may round a recomputation differently. A tenth of a standard
+        deviation is far above any rounding and far below what separates two minibatches in at least one of C channels.
+        Among equals (the same x forwarded twice) the latest that this backward has not yet had, since one backward runs
+        its forwards in reverse; two equal forwards with a backward each, in forward order, cannot be told apart.
+        """
+        entries = [e for e in self.entries if e.mean.shape == mean.shape and e.mean.device == mean.device]
+        if not entries:
+            raise RuntimeError(_NO_MATCH)
+        entries.reverse()
+        # nan_to_num: a channel that overflowed is as unknown in the recomputation as it was in the forward.
+        gaps = ((torch.stack([e.mean for e in entries]) - mean) / std).abs().nan_to_num(0.0, posinf=0.0).amax(1)
+        if mean.device.type == "cpu":
+            gap = gaps.min().item()
+            if gap > _TOLERANCE:
+                raise RuntimeError(_NO_MATCH)
+            equal = [e for e, g in zip(entries, gaps.tolist()) if g == gap]
+            if self.task != task:
+                self.task, self.taken = task, []
+            fresh = [e for e in equal if not any(e is t for t in self.taken)]
+            entry = (fresh or equal)[0]
+            self.taken.append(entry)
+            return entry.mu, entry.sigma, _as_scalar(entry.r_max, mean), _as_scalar(entry.d_max, mean)
+        # Selected on the device, without waiting for it; where nothing matches, NaN gradients say so.
+        gap, index = gaps.min(0)
+        found = torch.where(gap > _TOLERANCE, math.nan, 0.0).to(mean.dtype)
+        mu = torch.stack([e.mu for e in entries])[index] + found
+        sigma = torch.stack([e.sigma for e in entries])[index] + found
+        r_max = torch.stack([_as_scalar(e.r_max, mean) for e in entries])[index]
+        d_max = torch.stack([_as_scalar(e.d_max, mean) for e in entries])[index]
+        return mu, sigma, r_max, d_max
+
+
+_TOLERANCE = 0.1
+_NO_MATCH = (
+    "expected the recomputation of a Batch Renormalization forward to find the forward that it repeats, but no forward of "
+    f"this layer among the last {PENDING_FORWARDS} saw this minibatch: the model must compute the same values in the "
+    "recomputation (keep preserve_rng_state=True), and a new training forward must not start inside a backward"
+)
+_HISTORIES: WeakKeyDictionary[torch.UntypedStorage, _History] = WeakKeyDictionary()
+
+
+def is_plain_eager(x: Tensor) -> bool:
+    """No compiler, transform, dispatch mode, tensor subclass or storage-less tensor: python may look at values."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or x.device.type == "meta"
+    )
+
+
+def _as_scalar(value: float | Tensor, like: Tensor) -> Tensor:
+    dtype = torch.float32 if like.device.type == "mps" else torch.float64
+    if isinstance(value, Tensor):
+        return value.to(like.device, dtype)
+    return torch.full((), value, dtype=dtype, device=like.device)
+
+
+# The same computation as one operator, which no compiler looks into: it neither recomputes r and d from updated buffers
+# nor moves the averages a second time. Functional (the caller copies the results), so that transforms can rewrite it.
+_LIBRARY = torch.library.Library("batchrenorm", "DEF")
+_LIBRARY.define(
+    "correct(Tensor mu_B, Tensor sigma_B, Tensor running_mean, Tensor running_var, Tensor? step, Tensor? share, Tensor limits, "
+    "float eps, Tensor layer) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _correct_op(
+    mu_B: Tensor,
+    sigma_B: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    step: Tensor | None,
+    share: Tensor | None,
+    limits: Tensor,
+    eps: float,
+    layer: Tensor,
+) -> tuple[Tensor, ...]:
+    alpha, r_max, d_max = limits.unbind() if limits.device.type != "cpu" else limits.tolist()
+    out = _correct(mu_B, sigma_B, running_mean, running_var, step, share, alpha, eps, r_max, d_max, layer)
+    return *out[:4], limits.new_empty(0) if out.step is None else out.step
+
+
+def _correct_fake(
+    mu_B: Tensor,
+    sigma_B: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    step: Tensor | None,
+    share: Tensor | None,
+    limits: Tensor,
+    eps: float,
+    layer: Tensor,
+) -> tuple[Tensor, ...]:
+    average = running_mean.new_empty(running_mean.shape, dtype=mu_B.dtype)
+    return (
+        torch.empty_like(mu_B),
+        torch.empty_like(mu_B),
+        average,
+        torch.empty_like(average),
+        limits.new_empty(0) if step is None else torch.empty_like(step),
+    )
+
+
+def _correct_vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
+    members = [
+        torch.ops.batchrenorm.correct(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims)))
+        for i in range(info.batch_size)
+    ]
+    return tuple(torch.stack(out) for out in zip(*members)), (0,) * 5
+
+
+def _correct_autograd(*args: Any) -> tuple[Tensor, ...]:
+    """No derivative; but a compiler is told to save the results, even inside a checkpointed region.
+
+    Recomputing them would need the averages of before the step, so it would save the buffers, which the next forward
+    writes: with two forwards pending torch raises. r and d are (G, C) and cost nothing to save.
+    """
+    with torch._C._AutoDispatchBelowAutograd():
+        out = torch.ops.batchrenorm.correct(*args)
+    tracing = get_proxy_mode()
+    if tracing is not None:
+        op = torch.ops.batchrenorm.correct.default
+        node = next((node for node in reversed(tracing.tracer.graph.nodes) if node.target is op), None)
+        for saved in () if node is None else (node, *node.users):
+            saved.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    return out
+
+
+_LIBRARY.impl("correct", _correct_op, "CompositeExplicitAutograd")
+_LIBRARY.impl("correct", _correct_autograd, "Autograd")
+torch.library.register_fake("batchrenorm::correct", _correct_fake, lib=_LIBRARY)
+torch.library.register_vmap("batchrenorm::correct", _correct_vmap, lib=_LIBRARY)

@@ -1,0 +1,321 @@
+"""`batch_renorm`: checks, microbatches, the order of the passes, the update of the averages, the choice of backend.
+
+The path of one tensor through a training step:
+
+    x (N, C, *)  ->  microbatches become channels (M, G*C, *)        no copy when there is one
+                 ->  backend.moments: mean, var (G*C,)               first heavy pass
+                 ->  correction.correct: r, d (G, C), new averages   the paper, on vectors
+                 ->  backend.affine                                  second heavy pass
+                 ->  channels become microbatches again
+    and last, when nothing can fail any more, the averages are written.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backends import aten, decomposed
+from .correction import correct, is_plain_eager
+from .schedule import check_limits
+
+BACKENDS: dict[str, ModuleType] = {"aten": aten, "decomposed": decomposed}
+
+
+def batch_renorm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool,
+    momentum: float | Tensor = 0.01,
+    eps: float = 1e-5,
+    r_max: float | Tensor = 3.0,
+    d_max: float | Tensor = 5.0,
+    microbatch_size: int | None = None,
+    mask: Tensor | None = None,
+    process_group: object | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Batch Renormalization as a function; in training it updates the running tensors in place, as `F.batch_norm` does.
+
+    Training: ``y = weight * ((x - mu_B) / sigma_B * r + d) + bias`` with ``r = clip(sigma_B / sigma, 1/r_max, r_max)``,
+    ``d = clip((mu_B - mu) / sigma, -d_max, d_max)``, ``sigma = sqrt(running_var + eps)``, ``mu = running_mean``, all from
+    before the update; r and d are constants under the gradient. Inference is batch norm's.
+
+    Args:
+        x: ``(N, C)`` or ``(N, C, *spatial)``; float64, float32, bfloat16 or float16.
+        running_mean: ``(C,)`` moving average of the mean, or None: then training is batch norm.
+        running_var: ``(C,)``, the moving average of the standard deviation, kept as ``sigma² - eps`` so that inference is
+            batch norm's; None together with running_mean.
+        weight: ``(C,)`` gamma, or None for 1. May be float32 beside half x.
+        bias: ``(C,)`` beta, or None for 0.
+        training: normalise by the minibatch and update the averages, or normalise by the averages.
+        momentum: weight of the new value in the averages (the paper's alpha), in [0, 1]; float or 0-d tensor.
+        eps: added to the variance, under the root.
+        r_max: limit of r, at least 1; float or 0-d tensor. Pass a tensor if it moves and the caller is compiled.
+        d_max: limit of d, at least 0; float or 0-d tensor.
+        microbatch_size: normalise consecutive groups of this many samples separately, each with its own r and d; the
+            averages move once, by the mean over the groups. The last group may be smaller. Ignored in inference.
+        mask: bool, ``(N, *spatial)``, True = a real element. Only real elements enter the statistics; the others are mapped
+            like them (what is not finite there counts as 0). Ignored in inference.
+        process_group: statistics over all replicas; not available yet.
+        backend: "aten" or "decomposed"; None chooses.
+
+    Returns:
+        y, with the shape, dtype and memory format of x.
+
+    Raises:
+        ValueError: a wrong shape or number; nothing has been modified.
+        TypeError: a wrong dtype; nothing has been modified.
+
+    Example:
+        >>> mean, var = torch.zeros(3), torch.ones(3)
+        >>> x = torch.randn(8, 3, 5, 5)
+        >>> y = batch_renorm(x, mean, var, training=True)
+        >>> bool(mean.ne(0).all()), y.shape
+        (True, torch.Size([8, 3, 5, 5]))
+
+    Source: Algorithm 1; microbatches as in section 4.2.
+    """
+    return renormalize(
+        x,
+        running_mean,
+        running_var,
+        None,
+        weight,
+        bias,
+        training=training,
+        alpha=momentum,
+        eps=eps,
+        r_max=r_max,
+        d_max=d_max,
+        microbatch_size=microbatch_size,
+        mask=mask,
+        process_group=process_group,
+        backend=backend,
+    )
+
+
+def renormalize(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    step: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    training: bool,
+    alpha: float | Tensor,
+    eps: float,
+    r_max: float | Tensor,
+    d_max: float | Tensor,
+    microbatch_size: int | None,
+    mask: Tensor | None,
+    process_group: object | None,
+    backend: str | None = None,
+    layer: Tensor | None = None,
+) -> Tensor:
+    """`batch_renorm` with the layer's counter of training forwards, and the tensor that names its history."""
+    _check_tensors(x, running_mean, running_var, weight, bias)
+    check_settings(alpha, eps, r_max, d_max, microbatch_size, process_group, backend)
+    if mask is not None:
+        _check_mask(mask, x)
+    if not training:
+        return _inference(x, running_mean, running_var, weight, bias, eps)
+
+    size = x.shape[0] if microbatch_size is None else min(microbatch_size, x.shape[0])
+    _check_values_per_channel(x, size)
+    passes = BACKENDS[backend] if backend else _choose(x, mask)
+    share = None
+    masks: list[Tensor | None]
+    if mask is None:
+        parts = _microbatches_to_channels(x, size)
+        masks = [None] * len(parts)
+    else:
+        parts = _microbatches_to_channels(torch.where(mask.unsqueeze(1) | x.isfinite(), x, 0), size)
+        masks = [*_microbatches_to_channels(mask.unsqueeze(1).expand_as(x), size)]
+        share = _share_of_microbatches(mask, size)
+
+    C = x.shape[1]
+    moments = [passes.moments(part, m) for part, m in zip(parts, masks)]
+    mean, var = (torch.cat([v.view(-1, C) for v in vectors]) for vectors in zip(*moments))
+    if running_mean is None or running_var is None:
+        r, d, corrected = torch.ones_like(mean), torch.zeros_like(mean), None
+    else:
+        sigma_B = (var.detach() + eps).sqrt_()
+        corrected = correct(
+            mean.detach(),
+            sigma_B,
+            running_mean,
+            running_var,
+            step,
+            share,
+            alpha=alpha,
+            eps=eps,
+            r_max=r_max,
+            d_max=d_max,
+            layer=running_mean if layer is None else layer,
+        )
+        r, d = corrected.r, corrected.d
+
+    outputs, first = [], 0
+    for part, (part_mean, part_var) in zip(parts, moments):
+        group = slice(first, first + part_mean.numel() // C)
+        first = group.stop
+        outputs.append(passes.affine(part, part_mean, part_var, eps, r[group], d[group], weight, bias))
+    y = _channels_to_microbatches(outputs, x)
+
+    if corrected is not None and running_mean is not None and running_var is not None:
+        running_mean.copy_(corrected.running_mean)
+        running_var.copy_(corrected.running_var)
+        if step is not None and corrected.step is not None:
+            step.copy_(corrected.step)
+    return y
+
+
+def _inference(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    if running_mean is None or running_var is None:
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+    if torch.is_grad_enabled() and is_plain_eager(x) and not torch.jit.is_tracing():
+        # Autograd keeps the averages; a training forward before the backward would write over them.
+        running_mean, running_var = running_mean.clone(), running_var.clone()
+    return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+
+
+def _choose(x: Tensor, mask: Tensor | None) -> ModuleType:
+    if mask is not None or not is_plain_eager(x) or x.device.type not in ("cpu", "cuda"):
+        return decomposed
+    return aten
+
+
+# Microbatches. A microbatch is a batch of its own with its own C channels: (G*m, C, *) -> (m, G*C, *). Everything between
+# these two functions is batch norm of more channels. Each is one copy when G > 1, a view when G = 1.
+
+
+def _microbatches_to_channels(x: Tensor, size: int) -> list[Tensor]:
+    whole = x.shape[0] // size * size
+    parts = [x] if whole == x.shape[0] else [x[:whole], x[whole:]]
+    return [_fold(part, size) if part.shape[0] > size else part for part in parts]
+
+
+def _channels_to_microbatches(parts: list[Tensor], x: Tensor) -> Tensor:
+    C = x.shape[1]
+    parts = [_unfold(part, C) if part.shape[1] > C else part for part in parts]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _fold(x: Tensor, size: int) -> Tensor:
+    if _is_channels_last(x):
+        return x.movedim(1, -1).unflatten(0, (-1, size)).movedim(0, -2).flatten(-2).movedim(-1, 1)
+    return x.unflatten(0, (-1, size)).transpose(0, 1).flatten(1, 2)
+
+
+def _unfold(x: Tensor, C: int) -> Tensor:
+    if _is_channels_last(x):
+        return x.movedim(1, -1).unflatten(-1, (-1, C)).movedim(-2, 0).flatten(0, 1).movedim(-1, 1)
+    return x.unflatten(1, (-1, C)).transpose(0, 1).flatten(0, 1)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.ndim in formats and not x.is_contiguous() and x.is_contiguous(memory_format=formats[x.ndim])
+
+
+def _share_of_microbatches(mask: Tensor, size: int) -> Tensor:
+    """(G,) weights of the microbatches in the update: equal, but none for those with fewer than two real elements.
+
+    All 0 / 0 = NaN when there is no other: not finite, so the averages stay as they were.
+    """
+    counts = torch.stack([part.sum() for part in mask.split(size)])
+    counted = (counts > 1).to(torch.float64 if mask.device.type != "mps" else torch.float32)
+    return counted / counted.sum()
+
+
+def _check_tensors(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected x to be a torch.Tensor, got {type(x).__name__}; convert it with torch.as_tensor")
+    if not x.is_floating_point():
+        raise TypeError(f"expected x to be float64, float32, bfloat16 or float16, got {x.dtype}; convert it, e.g. x.float()")
+    if x.ndim < 2:
+        raise ValueError(f"expected x of shape (N, C) or (N, C, *spatial), got {tuple(x.shape)}; add the missing dimensions")
+    if x.numel() == 0:
+        raise ValueError(f"expected at least one element, got x of shape {tuple(x.shape)}; skip empty batches")
+    if (running_mean is None) != (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"expected running_mean and running_var both or neither, got None for {missing}; give the other too")
+    C = x.shape[1]
+    vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != (C,):
+            raise ValueError(
+                f"expected {name} of shape ({C},) for x of shape {tuple(x.shape)}, got {tuple(vector.shape)}; "
+                "channels are dimension 1 of x"
+            )
+
+
+def check_settings(
+    alpha: float | Tensor,
+    eps: float,
+    r_max: float | Tensor,
+    d_max: float | Tensor,
+    microbatch_size: int | None,
+    process_group: object | None,
+    backend: str | None,
+) -> None:
+    if not isinstance(alpha, Tensor) and not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"expected momentum in [0, 1], the weight of the new value, got {alpha}; the paper uses 0.01")
+    if not eps >= 0.0:
+        raise ValueError(f"expected eps >= 0, got {eps}; torch.nn.BatchNorm2d uses 1e-5")
+    if not isinstance(r_max, Tensor):
+        check_limits(r_max, 0.0)
+    if not isinstance(d_max, Tensor):
+        check_limits(1.0, d_max)
+    if microbatch_size is not None:
+        if not isinstance(microbatch_size, int):
+            raise TypeError(f"expected microbatch_size to be an int or None, got {type(microbatch_size).__name__}; round it")
+        if microbatch_size < 1:
+            raise ValueError(f"expected microbatch_size >= 1 or None, got {microbatch_size}; None is the whole batch")
+    if process_group is not None:
+        raise NotImplementedError(
+            "expected process_group=None, got a group; statistics over replicas are not available yet, "
+            "so leave it out and each replica normalises its own batch"
+        )
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"expected backend to be None or one of {sorted(BACKENDS)}, got {backend!r}; None chooses")
+
+
+def _check_mask(mask: Tensor, x: Tensor) -> None:
+    expected = (x.shape[0], *x.shape[2:])
+    if mask.dtype != torch.bool:
+        raise TypeError(f"expected mask to be torch.bool, got {mask.dtype}; True is a real element, e.g. mask.bool()")
+    if mask.shape != expected:
+        raise ValueError(
+            f"expected mask of shape {expected} for x of shape {tuple(x.shape)}, got {tuple(mask.shape)}; "
+            "the mask is x without its channels"
+        )
+
+
+def _check_values_per_channel(x: Tensor, size: int) -> None:
+    spatial = x[0, 0].numel()
+    last = x.shape[0] % size or size
+    if last * spatial == 1:
+        where = "" if size == x.shape[0] else f", whose last microbatch of {size} holds {last} sample"
+        raise ValueError(
+            f"expected more than one value per channel in training, got x of shape {tuple(x.shape)}{where}; "
+            "use more samples, drop the last ones, or call eval() for single samples"
+        )
