@@ -16,8 +16,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointPolicy
+
+from .backends import aten
 
 PENDING_FORWARDS = 64
 """How many forwards of one layer may wait for their backwards if these recompute (a pipeline keeps several in flight)."""
@@ -91,15 +94,14 @@ def _correct(
     else:
         mean, std = (mu_B[0], sigma_B[0]) if mu_B.shape[0] == 1 else (mu_B.mean(0), sigma_B.mean(0))
 
-    task = torch._C._current_graph_task_id()
-    if task != -1:
-        mu, sigma, r_max, d_max = history.recall(mean, std, task)
+    if torch._C._current_graph_task_id() != -1:
+        mu, sigma, r_max, d_max = history.recall(mean, std)
         r, d = _r_d(mu_B, sigma_B, mu, sigma, r_max, d_max)
         return Corrected(r, d, running_mean.clone(), running_var.clone(), None if step is None else step.clone())
 
     r, d = _r_d(mu_B, sigma_B, mu, sigma, r_max, d_max)
     # The running buffer itself will be written; every other tensor here is new.
-    history.entries.append(_Entry(mean, mu.clone() if mu is running_mean else mu, sigma, r_max, d_max))
+    history.record(mean, mu.clone() if mu is running_mean else mu, sigma, r_max, d_max)
     if isinstance(alpha, Tensor):
         alpha = alpha.to(mu.dtype)
     new_mean = torch.lerp(mu, mean, alpha)
@@ -127,6 +129,8 @@ class _Entry(NamedTuple):
     sigma: Tensor  # (C,)
     r_max: float | Tensor
     d_max: float | Tensor
+    node: int  # the number of its autograd node, or of the last node before it if it ran without gradients
+    grad: bool
 
 
 class _History:
@@ -134,42 +138,56 @@ class _History:
 
     def __init__(self) -> None:
         self.entries: deque[_Entry] = deque(maxlen=PENDING_FORWARDS)
-        self.task = -1
-        self.taken: list[_Entry] = []
 
-    def recall(self, mean: Tensor, std: Tensor, task: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def record(self, mean: Tensor, mu: Tensor, sigma: Tensor, r_max: float | Tensor, d_max: float | Tensor) -> None:
+        grad = torch.is_grad_enabled()
+        node = torch.autograd._get_sequence_nr() - (0 if grad else 1)
+        self.entries.append(_Entry(mean, mu, sigma, r_max, d_max, node, grad))
+
+    def recall(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The (mu, sigma, r_max, d_max) of the forward whose minibatch had this mean.
 
         The nearest mean, not the equal one: a compiler may round a recomputation differently. A tenth of a standard
         deviation is far above any rounding and far below what separates two minibatches in at least one of C channels.
-        Among equals (the same x forwarded twice) the latest that this backward has not yet had, since one backward runs
-        its forwards in reverse; two equal forwards with a backward each, in forward order, cannot be told apart.
         """
         entries = [e for e in self.entries if e.mean.shape == mean.shape and e.mean.device == mean.device]
         if not entries:
             raise RuntimeError(_NO_MATCH)
-        entries.reverse()
         # nan_to_num: a channel that overflowed is as unknown in the recomputation as it was in the forward.
         gaps = ((torch.stack([e.mean for e in entries]) - mean) / std).abs().nan_to_num(0.0, posinf=0.0).amax(1)
-        if mean.device.type == "cpu":
-            gap = gaps.min().item()
-            if gap > _TOLERANCE:
-                raise RuntimeError(_NO_MATCH)
-            equal = [e for e, g in zip(entries, gaps.tolist()) if g == gap]
-            if self.task != task:
-                self.task, self.taken = task, []
-            fresh = [e for e in equal if not any(e is t for t in self.taken)]
-            entry = (fresh or equal)[0]
-            self.taken.append(entry)
-            return entry.mu, entry.sigma, _as_scalar(entry.r_max, mean), _as_scalar(entry.d_max, mean)
-        # Selected on the device, without waiting for it; where nothing matches, NaN gradients say so.
-        gap, index = gaps.min(0)
-        found = torch.where(gap > _TOLERANCE, math.nan, 0.0).to(mean.dtype)
-        mu = torch.stack([e.mu for e in entries])[index] + found
-        sigma = torch.stack([e.sigma for e in entries])[index] + found
+        gap = gaps.min()
+        # Selected without looking at values: on a GPU that would wait for the device.
+        ranks = torch.tensor(_ranks(entries)).to(mean.device, non_blocking=True)
+        index = torch.where(gaps == gap, ranks, -2).argmax()
+        mu = torch.stack([e.mu for e in entries])[index]
+        sigma = torch.stack([e.sigma for e in entries])[index]
         r_max = torch.stack([_as_scalar(e.r_max, mean) for e in entries])[index]
         d_max = torch.stack([_as_scalar(e.d_max, mean) for e in entries])[index]
+        if mean.device.type != "cpu":
+            mu = torch.where(gap > _TOLERANCE, math.nan, mu)  # NaN gradients say what an error cannot say in time
+        elif gap > _TOLERANCE:
+            raise RuntimeError(_NO_MATCH)
+        # A nested checkpoint will recompute this recomputation.
+        self.record(mean, mu, sigma, r_max, d_max)
         return mu, sigma, r_max, d_max
+
+
+def _ranks(entries: list[_Entry]) -> list[int]:
+    """Which of several forwards of bitwise the same minibatch is being repeated: the one that ranks highest.
+
+    The backward of an ordinary node repeats the last forward before that node. A node that is itself a checkpoint (the
+    reentrant kind, or compiled code) ran its forwards without gradients inside its own: it repeats the first after it.
+    """
+    current = torch._C._current_autograd_node()
+    number = current._sequence_nr()
+    contains_forwards = isinstance(current, BackwardCFunction) and not isinstance(current, aten.AffineBackward)
+    ranks = []
+    for entry in entries:
+        if entry.grad:
+            ranks.append(entry.node if entry.node <= number else -1)
+        else:
+            ranks.append(2**62 - entry.node if contains_forwards and entry.node >= number else -1)
+    return ranks
 
 
 _TOLERANCE = 0.1

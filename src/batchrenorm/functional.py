@@ -12,6 +12,7 @@ The path of one tensor through a training step:
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 
 import torch
@@ -311,7 +312,7 @@ def _check_mask(mask: Tensor, x: Tensor) -> None:
 
 
 def _check_values_per_channel(x: Tensor, size: int) -> None:
-    spatial = x[0, 0].numel()
+    spatial = math.prod(x.shape[2:])
     last = x.shape[0] % size or size
     if last * spatial == 1:
         where = "" if size == x.shape[0] else f", whose last microbatch of {size} holds {last} sample"

@@ -89,3 +89,7 @@ class _Affine(torch.autograd.Function):
         if need_bias:
             gb = gb.view_as(scale).sum(0).to(ctx.bias_dtype)
         return gx, gw if need_weight else None, gb if need_bias else None, None, None, None, None, None
+
+
+AffineBackward: type = _Affine._backward_cls  # type: ignore[attr-defined]
+"""The class of this backend's nodes in autograd's graph."""

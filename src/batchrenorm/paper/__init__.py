@@ -1,0 +1,1 @@
+"""The paper's experiments: `batchrenorm reproduce PRESET`. Needs the extra ``batchrenorm[paper]``."""
