@@ -12,7 +12,7 @@ from torch.nn.parameter import Parameter, UninitializedBuffer, UninitializedPara
 
 from .correction import is_plain_eager
 from .functional import check_settings, renormalize
-from .schedule import ClipSchedule
+from .schedule import ClipSchedule, as_real
 
 Clip = Callable[[Tensor], tuple[Tensor, Tensor]] | ClipSchedule
 
@@ -126,7 +126,10 @@ class BatchRenorm(nn.Module):
             # On the CPU looking at the counter costs nothing; elsewhere it would wait for the device.
             t = step.item() if step.device.type == "cpu" and is_plain_eager(x) else step
             r_max, d_max = self.clip(t if isinstance(self.clip, ClipSchedule) else step)  # type: ignore[arg-type]
-            alpha = 1.0 / (t + 1) if self.momentum is None else self.momentum
+            if self.momentum is None:
+                alpha = 1.0 / (as_real(t) + 1 if isinstance(t, Tensor) else t + 1)
+            else:
+                alpha = self.momentum
         return renormalize(
             x,
             self.running_mean,

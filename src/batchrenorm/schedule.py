@@ -107,9 +107,14 @@ class ClipSchedule:
 def _ramp(step: Tensor | int, start: int, end: int) -> Tensor | float:
     # 0 while step <= start, so that the last batch-norm step is number `warmup`; start == end is a jump at once.
     if isinstance(step, Tensor):
-        t = step.to(torch.float32 if step.device.type == "mps" else torch.float64)
+        t = as_real(step)
         return ((t - start) / (end - start)).clamp(0.0, 1.0) if end > start else (t >= end).to(t.dtype)
     return min(max((step - start) / (end - start), 0.0), 1.0) if end > start else float(step >= end)
+
+
+def as_real(step: Tensor) -> Tensor:
+    """The step as float64, exact up to 2**53, or float32 where the device has no float64."""
+    return step.to(torch.float32 if step.device.type == "mps" else torch.float64)
 
 
 def check_limits(r_max: float, d_max: float) -> None:

@@ -1,0 +1,99 @@
+"""Measuring a net: accuracy with either kind of statistics, and what r and d do."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..modules import BatchRenorm
+from ..schedule import ClipSchedule
+from .data import Split
+
+
+class Score(NamedTuple):
+    """How well a net does on some images."""
+
+    accuracy: float  # percent
+    loss: float | None  # None where it is not finite
+
+
+@torch.no_grad()
+def with_averages(model: nn.Module, split: Split) -> Score:
+    """Inference: every image by itself, normalised by mu and sigma."""
+    model.eval()
+    score = _score(model(split.x), split.y)
+    model.train()
+    return score
+
+
+@torch.no_grad()
+def with_batch_statistics(model: nn.Module, split: Split, batches: list[list[int]]) -> Score:
+    """Inference normalised by mu_B and sigma_B of these minibatches, in the groups of training; the model stays as it is.
+
+    Args:
+        model: the net.
+        split: the images.
+        batches: indices into split; each a minibatch.
+    """
+    # A copy, since a training forward moves the averages.
+    model = copy.deepcopy(model).train()
+    for layer in model.modules():
+        if isinstance(layer, BatchRenorm):
+            layer.clip = ClipSchedule.constant(1.0, 0.0)
+    outputs = torch.cat([model(split.x[batch]) for batch in batches])
+    return _score(outputs, torch.cat([split.y[batch] for batch in batches]))
+
+
+def _score(outputs: Tensor, labels: Tensor) -> Score:
+    # A row with a NaN has no answer: argmax would name one all the same.
+    right = (outputs.argmax(1) == labels) & outputs.isfinite().all(1)
+    loss = F.cross_entropy(outputs, labels).item()
+    return Score(right.double().mean().item() * 100, loss if math.isfinite(loss) else None)
+
+
+class Corrections(NamedTuple):
+    """r and d of one training forward, averaged over groups, channels and layers."""
+
+    r_clipped: float  # fraction outside [1/r_max, r_max] before clipping
+    d_clipped: float
+    r: float  # after clipping
+    d: float
+    d_size: float  # |d|
+
+
+@contextmanager
+def corrections(model: nn.Module) -> Iterator[list[Corrections]]:
+    """Watch the training forwards inside the block: one entry per Batch Renormalization layer, in the order of the forwards.
+
+    r and d are computed here from the layer's input and its averages before the step, independently of the layer.
+    """
+    seen: list[Corrections] = []
+
+    def watch(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        assert isinstance(layer, BatchRenorm) and layer.running_mean is not None and layer.running_std is not None
+        x = args[0].detach()
+        groups = x.unflatten(0, (-1, layer.microbatch_size or len(x)))
+        var, mean = torch.var_mean(groups, 1, correction=0)
+        r = (var + layer.eps).sqrt() / layer.running_std
+        d = (mean - layer.running_mean) / layer.running_std
+        assert layer.num_batches_tracked is not None
+        r_max, d_max = (float(limit) for limit in layer.clip(layer.num_batches_tracked))
+        # Of equal rounding noise as r and d are in the layer: at a limit of 1 and 0 everything counts as clipped.
+        r_clipped = ((r > r_max) | (r < 1 / r_max)).double().mean().item()
+        d_clipped = (d.abs() > d_max).double().mean().item()
+        r, d = r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
+        seen.append(Corrections(r_clipped, d_clipped, r.mean().item(), d.mean().item(), d.abs().mean().item()))
+
+    hooks = [layer.register_forward_pre_hook(watch) for layer in model.modules() if isinstance(layer, BatchRenorm)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
