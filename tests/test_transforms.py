@@ -77,7 +77,6 @@ def test_ensemble(compiled: bool) -> None:
 
 
 def test_double_backward_of_a_gradient_penalty() -> None:
-    """The decomposed backend differentiates twice; ATen's raises instead of returning a wrong number."""
     torch.manual_seed(0)
     x = torch.randn(7, 3, 2, dtype=torch.double, requires_grad=True)
     mean, var = torch.randn(3, dtype=torch.double), torch.rand(3, dtype=torch.double) + 0.5
@@ -96,8 +95,24 @@ def test_double_backward_of_a_gradient_penalty() -> None:
     (expected,) = torch.autograd.grad((dx**2).sum(), x)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        (first("aten") ** 2).sum().backward()
+
+def test_double_backward_of_atens_backend_is_right_or_an_error() -> None:
+    """Small tensors go through torch's own differentiable batch norm, large ones through a node that refuses."""
+    for n, ok in ((4, True), (2**15, False)):
+        torch.manual_seed(0)
+        x = torch.randn(n, 3, dtype=torch.double, requires_grad=True)
+        mean, var = torch.randn(3, dtype=torch.double), torch.rand(3, dtype=torch.double) + 0.5
+        second = []
+        for backend in ("decomposed", "aten"):
+            y = brn.batch_renorm(x, mean.clone(), var.clone(), training=True, backend=backend)
+            (dx,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+            if backend == "aten" and not ok:
+                with pytest.raises(RuntimeError, match="once_differentiable"):
+                    (dx**2).sum().backward()
+            else:
+                second.append(torch.autograd.grad((dx**2).sum(), x)[0])
+        if ok:
+            torch.testing.assert_close(second[1], second[0], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own
@@ -109,9 +124,11 @@ def test_forward_mode() -> None:
     def f(x: Tensor) -> Tensor:
         return brn.batch_renorm(x, mean.clone(), var.clone(), training=True)
 
+    # Against the reverse mode (<u, J v> = <J^T u, v>) and not against differences, which would see r and d move.
+    u = torch.randn(6, 3, dtype=torch.double)
     _, jvp = torch.func.jvp(f, (x,), (v,))
-    h = 1e-6
-    torch.testing.assert_close(jvp, (f(x + h * v) - f(x - h * v)) / (2 * h), rtol=1e-6, atol=1e-6)
+    _, vjp = torch.func.vjp(f, x)
+    torch.testing.assert_close((u * jvp).sum(), (vjp(u)[0] * v).sum(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -26,12 +28,7 @@ PENDING_FORWARDS = 64
 """How many forwards of one layer may wait for their backwards if these recompute (a pipeline keeps several in flight)."""
 
 
-class Corrected(NamedTuple):
-    r: Tensor  # (G, C)
-    d: Tensor  # (G, C)
-    running_mean: Tensor  # (C,), after the step
-    running_var: Tensor  # (C,), after the step
-    step: Tensor | None
+Move = Callable[[], None]
 
 
 def correct(
@@ -47,12 +44,13 @@ def correct(
     r_max: float | Tensor,
     d_max: float | Tensor,
     layer: Tensor,
-) -> Corrected:
-    """r and d from the averages before the step, and the averages after it; nothing is modified.
+    plain: bool,
+) -> tuple[Tensor, Tensor, Move]:
+    """r and d from the averages before the step, and the move of the averages, to be made when nothing can fail any more.
 
     Args:
-        mu_B: ``(G, C)`` means of the G microbatches, float32 or float64.
-        sigma_B: ``(G, C)`` standard deviations with epsilon inside.
+        mu_B: ``(C,)`` means of the minibatch or ``(G, C)`` of its microbatches, float32 or float64.
+        sigma_B: like mu_B, standard deviations with epsilon inside.
         running_mean: ``(C,)``, any floating dtype.
         running_var: ``(C,)``, sigma² - eps.
         step: 0-d integer counter of training forwards, or None.
@@ -60,67 +58,112 @@ def correct(
         alpha, r_max, d_max: floats or 0-d tensors.
         eps: epsilon.
         layer: any tensor whose storage lives as long as the layer and is never written: the name of its history.
+        plain: `is_plain_eager`.
+
+    Returns:
+        ``(r, d, move)``, r and d like mu_B.
     """
     # Under a compiler, a transform or a dispatch mode the operator stands in for its body; in plain eager it would only
     # add its dispatch, about as much as all the arithmetic here.
-    if is_plain_eager(mu_B):
-        return _correct(mu_B, sigma_B, running_mean, running_var, step, share, alpha, eps, r_max, d_max, layer)
+    if plain:
+        use = _used_averages(mu_B, sigma_B, running_mean, running_var, share, eps, r_max, d_max, layer)
+        r, d = _r_d(mu_B, sigma_B, use)
+        if use.repeated:
+            return r, d, _stay
+        return r, d, lambda: _move(running_mean, running_var, step, use, alpha, eps)
     limits = torch.stack([_as_scalar(v, mu_B) for v in (alpha, r_max, d_max)])
-    out = torch.ops.batchrenorm.correct(mu_B, sigma_B, running_mean, running_var, step, share, limits, eps, layer)
-    return Corrected(*out[:4], None if step is None else out[4])
+    r, d, new_mean, new_var, new_step = torch.ops.batchrenorm.correct(
+        mu_B, sigma_B, running_mean, running_var, step, share, limits, eps, layer
+    )
+
+    def move() -> None:
+        running_mean.copy_(new_mean)
+        running_var.copy_(new_var)
+        if step is not None:
+            step.copy_(new_step)
+
+    return r, d, move
 
 
-def _correct(
+def _stay() -> None:
+    """A recomputation moves nothing."""
+
+
+class _Use(NamedTuple):
+    mean: Tensor  # (C,) of the minibatch, over all its microbatches
+    std: Tensor  # (C,)
+    mu: Tensor  # (C,) the averages that r and d are to be computed from
+    sigma: Tensor  # (C,)
+    r_max: float | Tensor
+    d_max: float | Tensor
+    repeated: bool
+
+
+def _used_averages(
     mu_B: Tensor,
     sigma_B: Tensor,
     running_mean: Tensor,
     running_var: Tensor,
-    step: Tensor | None,
     share: Tensor | None,
-    alpha: float | Tensor,
     eps: float,
     r_max: float | Tensor,
     d_max: float | Tensor,
     layer: Tensor,
-) -> Corrected:
-    mu = running_mean.to(mu_B.dtype)
-    sigma = (running_var.to(mu_B.dtype) + eps).sqrt()
-    history = _HISTORIES.setdefault(layer.untyped_storage(), _History())
-
+) -> _Use:
     # With several microbatches one update by the mean of their means and of their sigmas: sigma stays E[sigma_B].
+    mean, std = mu_B, sigma_B
     if share is not None:
         share = share.to(mu_B.dtype)
-        mean, std = share @ mu_B, share @ sigma_B
-    else:
-        mean, std = (mu_B[0], sigma_B[0]) if mu_B.shape[0] == 1 else (mu_B.mean(0), sigma_B.mean(0))
-
+        mean, std = (share @ v.view(share.shape[0], -1) for v in (mean, std))
+    elif mu_B.ndim == 2:
+        mean, std = mu_B.mean(0), sigma_B.mean(0)
     if torch._C._current_graph_task_id() != -1:
-        mu, sigma, r_max, d_max = history.recall(mean, std)
-        r, d = _r_d(mu_B, sigma_B, mu, sigma, r_max, d_max)
-        return Corrected(r, d, running_mean.clone(), running_var.clone(), None if step is None else step.clone())
+        return _Use(mean, std, *_history(layer).recall(mean, std), True)
+    mu = running_mean.to(mean.dtype)
+    sigma = (running_var.to(mean.dtype) + aten.as_tensor(eps)).sqrt_()
+    # Saved-tensor hooks (the non-reentrant checkpoint) or no gradients (the reentrant one, compiled code): without either,
+    # nothing can ask for this forward again.
+    if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        mu = mu.clone() if mu is running_mean else mu  # the caller will write it
+        _history(layer).record(mean, mu, sigma, r_max, d_max)
+    return _Use(mean, std, mu, sigma, r_max, d_max, False)
 
-    r, d = _r_d(mu_B, sigma_B, mu, sigma, r_max, d_max)
-    # The running buffer itself will be written; every other tensor here is new.
-    history.record(mean, mu.clone() if mu is running_mean else mu, sigma, r_max, d_max)
+
+def _r_d(mu_B: Tensor, sigma_B: Tensor, use: _Use) -> tuple[Tensor, Tensor]:
+    r = (sigma_B / use.sigma).clamp_(1 / use.r_max, use.r_max)
+    d = (mu_B - use.mu).div_(use.sigma).clamp_(-use.d_max, use.d_max)
+    return r, d
+
+
+def _move(
+    running_mean: Tensor, running_var: Tensor, step: Tensor | None, use: _Use, alpha: float | Tensor, eps: float
+) -> None:
+    """The averages after the step, written into the running tensors."""
+    mean, std, mu, sigma = use[:4]
     if isinstance(alpha, Tensor):
         alpha = alpha.to(mu.dtype)
-    new_mean = torch.lerp(mu, mean, alpha)
-    new_var = torch.lerp(sigma, std, alpha).square_().sub_(eps).clamp_(min=0.0)
-    # A channel that overflowed must not poison the averages: a gradient scaler will skip this step.
-    # x - x is 0 for a finite x and NaN otherwise, and one sum over all channels finds that almost always there is none.
-    bad = (mean - mean) + (std - std)
-    if mean.device.type != "cpu" or bad.sum().item() != 0.0:
-        finite = bad == 0
-        new_mean, new_var = torch.where(finite, new_mean, mu), torch.where(finite, new_var, running_var.to(mu_B.dtype))
-    return Corrected(r, d, new_mean, new_var, None if step is None else step + 1)
+    new_var = torch.lerp(sigma, std, alpha).square_()
+    # A channel that overflowed must not poison the averages: a gradient scaler will skip this step. On the CPU one number
+    # tells whether there is any such channel; elsewhere looking at it would wait for the device.
+    if mean.is_cpu and running_mean.dtype == mean.dtype and math.isfinite(mean.dot(std).item()):
+        running_mean.lerp_(mean, alpha)
+        # v - eps, but never below 0, where rounding could take it if the channel is constant.
+        torch._C._nn.softshrink(new_var, eps, out=running_var)
+    else:
+        finite = mean.isfinite() & std.isfinite()
+        running_mean.copy_(torch.where(finite, torch.lerp(mu, mean, alpha), mu))
+        running_var.copy_(torch.where(finite, F.softshrink(new_var, eps), running_var))
+    if step is not None:
+        step.add_(1)
 
 
-def _r_d(
-    mu_B: Tensor, sigma_B: Tensor, mu: Tensor, sigma: Tensor, r_max: float | Tensor, d_max: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    r = (sigma_B / sigma).clamp_(1 / r_max, r_max)
-    d = (mu_B - mu).div_(sigma).clamp_(-d_max, d_max)
-    return r, d
+def _history(layer: Tensor) -> _History:
+    # By storage, which all aliases of a tensor share and which dies with the last of them.
+    name = layer.untyped_storage()
+    history = _HISTORIES.get(name)
+    if history is None:
+        history = _HISTORIES[name] = _History()
+    return history
 
 
 class _Entry(NamedTuple):
@@ -206,7 +249,7 @@ def is_plain_eager(x: Tensor) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or type(x) not in (Tensor, torch.nn.Parameter)
-        or x.device.type == "meta"
+        or x.is_meta
     )
 
 
@@ -238,9 +281,12 @@ def _correct_op(
     eps: float,
     layer: Tensor,
 ) -> tuple[Tensor, ...]:
-    alpha, r_max, d_max = limits.unbind() if limits.device.type != "cpu" else limits.tolist()
-    out = _correct(mu_B, sigma_B, running_mean, running_var, step, share, alpha, eps, r_max, d_max, layer)
-    return *out[:4], limits.new_empty(0) if out.step is None else out.step
+    alpha, r_max, d_max = limits.unbind() if not limits.is_cpu else limits.tolist()
+    use = _used_averages(mu_B, sigma_B, running_mean, running_var, share, eps, r_max, d_max, layer)
+    averages = running_mean.clone(), running_var.clone(), limits.new_empty(0) if step is None else step.clone()
+    if not use.repeated:
+        _move(*averages[:2], None if step is None else averages[2], use, alpha, eps)
+    return *_r_d(mu_B, sigma_B, use), *averages
 
 
 def _correct_fake(
@@ -254,12 +300,11 @@ def _correct_fake(
     eps: float,
     layer: Tensor,
 ) -> tuple[Tensor, ...]:
-    average = running_mean.new_empty(running_mean.shape, dtype=mu_B.dtype)
     return (
         torch.empty_like(mu_B),
         torch.empty_like(mu_B),
-        average,
-        torch.empty_like(average),
+        torch.empty_like(running_mean),
+        torch.empty_like(running_var),
         limits.new_empty(0) if step is None else torch.empty_like(step),
     )
 

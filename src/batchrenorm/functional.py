@@ -123,36 +123,41 @@ def renormalize(
     layer: Tensor | None = None,
 ) -> Tensor:
     """`batch_renorm` with the layer's counter of training forwards, and the tensor that names its history."""
-    _check_tensors(x, running_mean, running_var, weight, bias)
+    C = _check_tensors(x, running_mean, running_var, weight, bias)
     check_settings(alpha, eps, r_max, d_max, microbatch_size, process_group, backend)
     if mask is not None:
         _check_mask(mask, x)
     if not training:
         return _inference(x, running_mean, running_var, weight, bias, eps)
 
-    size = x.shape[0] if microbatch_size is None else min(microbatch_size, x.shape[0])
+    N = x.shape[0]
+    size = N if microbatch_size is None else min(microbatch_size, N)
     _check_values_per_channel(x, size)
-    passes = BACKENDS[backend] if backend else _choose(x, mask)
+    plain = is_plain_eager(x)
+    if backend:
+        passes = BACKENDS[backend]
+    else:
+        passes = aten if plain and mask is None and (x.is_cpu or x.is_cuda) else decomposed
     share = None
-    masks: list[Tensor | None]
     if mask is None:
-        parts = _microbatches_to_channels(x, size)
-        masks = [None] * len(parts)
+        parts = [x] if size == N else _microbatches_to_channels(x, size)
+        moments = [passes.moments(part, eps) for part in parts]
     else:
         parts = _microbatches_to_channels(torch.where(mask.unsqueeze(1) | x.isfinite(), x, 0), size)
-        masks = [*_microbatches_to_channels(mask.unsqueeze(1).expand_as(x), size)]
+        masks = _microbatches_to_channels(mask.unsqueeze(1).expand_as(x), size)
+        moments = [passes.moments(part, eps, m) for part, m in zip(parts, masks)]
         share = _share_of_microbatches(mask, size)
 
-    C = x.shape[1]
-    moments = [passes.moments(part, m) for part, m in zip(parts, masks)]
-    mean, var = (torch.cat([v.view(-1, C) for v in vectors]) for vectors in zip(*moments))
+    mean, _, std = moments[0] if len(parts) == 1 else (torch.cat(vectors) for vectors in zip(*moments))
+    if size != N:
+        mean, std = mean.view(-1, C), std.view(-1, C)
+    move = None
     if running_mean is None or running_var is None:
-        r, d, corrected = torch.ones_like(mean), torch.zeros_like(mean), None
+        r, d = torch.ones_like(mean), torch.zeros_like(mean)
     else:
-        sigma_B = (var.detach() + eps).sqrt_()
-        corrected = correct(
-            mean.detach(),
-            sigma_B,
+        r, d, move = correct(
+            mean.detach() if mean.requires_grad else mean,
+            std.detach() if std.requires_grad else std,
             running_mean,
             running_var,
             step,
@@ -162,21 +167,18 @@ def renormalize(
             r_max=r_max,
             d_max=d_max,
             layer=running_mean if layer is None else layer,
+            plain=plain,
         )
-        r, d = corrected.r, corrected.d
 
-    outputs, first = [], 0
-    for part, (part_mean, part_var) in zip(parts, moments):
-        group = slice(first, first + part_mean.numel() // C)
-        first = group.stop
-        outputs.append(passes.affine(part, part_mean, part_var, eps, r[group], d[group], weight, bias))
-    y = _channels_to_microbatches(outputs, x)
+    if len(parts) == 1:
+        outputs = [passes.affine(parts[0], moments[0], eps, r, d, weight, bias)]
+    else:  # the last microbatch is smaller, so it is a part by itself
+        rs, ds = (v.split([v.shape[0] - 1, 1]) for v in (r, d))
+        outputs = [passes.affine(*part, eps, *rd, weight, bias) for part, rd in zip(zip(parts, moments), zip(rs, ds))]
+    y = outputs[0] if size == N else _channels_to_microbatches(outputs, C)
 
-    if corrected is not None and running_mean is not None and running_var is not None:
-        running_mean.copy_(corrected.running_mean)
-        running_var.copy_(corrected.running_var)
-        if step is not None and corrected.step is not None:
-            step.copy_(corrected.step)
+    if move is not None:
+        move()
     return y
 
 
@@ -196,12 +198,6 @@ def _inference(
     return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
 
 
-def _choose(x: Tensor, mask: Tensor | None) -> ModuleType:
-    if mask is not None or not is_plain_eager(x) or x.device.type not in ("cpu", "cuda"):
-        return decomposed
-    return aten
-
-
 # Microbatches. A microbatch is a batch of its own with its own C channels: (G*m, C, *) -> (m, G*C, *). Everything between
 # these two functions is batch norm of more channels. Each is one copy when G > 1, a view when G = 1.
 
@@ -212,8 +208,7 @@ def _microbatches_to_channels(x: Tensor, size: int) -> list[Tensor]:
     return [_fold(part, size) if part.shape[0] > size else part for part in parts]
 
 
-def _channels_to_microbatches(parts: list[Tensor], x: Tensor) -> Tensor:
-    C = x.shape[1]
+def _channels_to_microbatches(parts: list[Tensor], C: int) -> Tensor:
     parts = [_unfold(part, C) if part.shape[1] > C else part for part in parts]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -247,7 +242,7 @@ def _share_of_microbatches(mask: Tensor, size: int) -> Tensor:
 
 def _check_tensors(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None
-) -> None:
+) -> int:
     if not isinstance(x, Tensor):
         raise TypeError(f"expected x to be a torch.Tensor, got {type(x).__name__}; convert it with torch.as_tensor")
     if not x.is_floating_point():
@@ -260,13 +255,15 @@ def _check_tensors(
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(f"expected running_mean and running_var both or neither, got None for {missing}; give the other too")
     C = x.shape[1]
-    vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    for name, vector in vectors.items():
-        if vector is not None and vector.shape != (C,):
+    for vector in (running_mean, running_var, weight, bias):
+        if vector is not None and (vector.ndim != 1 or vector.shape[0] != C):
+            names = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+            name = next(name for name, v in names.items() if v is vector)
             raise ValueError(
                 f"expected {name} of shape ({C},) for x of shape {tuple(x.shape)}, got {tuple(vector.shape)}; "
                 "channels are dimension 1 of x"
             )
+    return C
 
 
 def check_settings(

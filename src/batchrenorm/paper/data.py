@@ -45,7 +45,9 @@ def load(name: str) -> Data:
     splits = _digits()
     if name == "pairs-100":
         # After the split: no image of a training pair occurs in a test pair.
-        splits = {part: _pairs(split, _PAIRS_PER_CLASS[part], seed) for seed, (part, split) in enumerate(splits.items())}
+        splits = {
+            part: _pairs(split, _PAIRS_PER_CLASS[part], seed) for seed, (part, split) in enumerate(splits.items())
+        }
     return Data(splits["train"], splits["validation"], splits["test"], 10 if name == "digits" else 100)
 
 
@@ -75,7 +77,7 @@ def _pairs(split: Split, per_class: int, seed: int) -> Split:
 
 
 def iid_batches(n: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
-    """Minibatches without regard to labels: one permutation of the data after another, its last incomplete batch dropped.
+    """Minibatches without regard to labels: one permutation of the data after another, without incomplete minibatches.
 
     Args:
         n: items of the data set.
@@ -94,7 +96,9 @@ def iid_batches(n: int, batch_size: int, steps: int, seed: int) -> list[list[int
     return batches[:steps]
 
 
-def label_batches(labels: Tensor, labels_per_batch: int, images_per_label: int, spread: int, steps: int, seed: int) -> list[list[int]]:
+def label_batches(
+    labels: Tensor, labels_per_batch: int, images_per_label: int, spread: int, steps: int, seed: int
+) -> list[list[int]]:
     """Minibatches of a few labels with several images each, the images of a label side by side.
 
     Whatever `spread` is, the same images come in the same minibatch; only their order differs.

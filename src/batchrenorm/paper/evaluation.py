@@ -35,7 +35,7 @@ def with_averages(model: nn.Module, split: Split) -> Score:
 
 @torch.no_grad()
 def with_batch_statistics(model: nn.Module, split: Split, batches: list[list[int]]) -> Score:
-    """Inference normalised by mu_B and sigma_B of these minibatches, in the groups of training; the model stays as it is.
+    """Inference normalised by mu_B and sigma_B, in the groups of training; the model does not change.
 
     Args:
         model: the net.
@@ -63,29 +63,30 @@ class Corrections(NamedTuple):
 
     r_clipped: float  # fraction outside [1/r_max, r_max] before clipping
     d_clipped: float
-    r: float  # after clipping
-    d: float
-    d_size: float  # |d|
+    r_mean: float  # after clipping
+    d_mean: float
+    d_abs_mean: float  # of |d|
 
 
 @contextmanager
 def corrections(model: nn.Module) -> Iterator[list[Corrections]]:
-    """Watch the training forwards inside the block: one entry per Batch Renormalization layer, in the order of the forwards.
+    """Watch the training forwards inside the block: one entry per Batch Renormalization layer and forward, in order.
 
     r and d are computed here from the layer's input and its averages before the step, independently of the layer.
     """
     seen: list[Corrections] = []
 
     def watch(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        assert isinstance(layer, BatchRenorm) and layer.running_mean is not None and layer.running_std is not None
+        assert isinstance(layer, BatchRenorm)
+        assert layer.running_mean is not None
+        assert layer.running_std is not None
+        assert layer.num_batches_tracked is not None
         x = args[0].detach()
         groups = x.unflatten(0, (-1, layer.microbatch_size or len(x)))
         var, mean = torch.var_mean(groups, 1, correction=0)
         r = (var + layer.eps).sqrt() / layer.running_std
         d = (mean - layer.running_mean) / layer.running_std
-        assert layer.num_batches_tracked is not None
         r_max, d_max = (float(limit) for limit in layer.clip(layer.num_batches_tracked))
-        # Of equal rounding noise as r and d are in the layer: at a limit of 1 and 0 everything counts as clipped.
         r_clipped = ((r > r_max) | (r < 1 / r_max)).double().mean().item()
         d_clipped = (d.abs() > d_max).double().mean().item()
         r, d = r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)

@@ -12,8 +12,8 @@ from ..schedule import ClipSchedule
 class MovingAverageNorm(nn.Module):
     """The negative control: normalise by the moving averages alone, with no gradient through the statistics.
 
-    The paper's section 2 says why not: a gradient step and the normalisation then work against each other, and the weights
-    grow without limit.
+    Section 2 says why not: a gradient step and the normalisation then work against each other, and the weights grow
+    without limit.
 
     Args:
         num_features: C.
@@ -67,7 +67,7 @@ def normalizer(
         "brn": clip,
         "brn-unclipped": ClipSchedule.constant(float("inf"), float("inf")),
     }
-    layer: nn.Module
+    layer: BatchRenorm1d | MovingAverageNorm | nn.LayerNorm
     if name in clips:
         layer = BatchRenorm1d(features, momentum=alpha, clip=clips[name], microbatch_size=microbatch_size)
     elif name == "moving-average":
@@ -75,8 +75,10 @@ def normalizer(
     elif name == "layer":
         layer = nn.LayerNorm(features)
     else:
-        raise ValueError(f"expected one of {[*clips, 'moving-average', 'layer']} as normaliser, got {name!r}; correct the preset")
-    if not learn_gamma:
+        raise ValueError(
+            f"expected one of {[*clips, 'moving-average', 'layer']} as normaliser, got {name!r}; correct the preset"
+        )
+    if not learn_gamma and layer.weight is not None:
         layer.weight.requires_grad_(False)
     return layer
 

@@ -1,159 +1,116 @@
-"""The experiments as data: what is trained, what was predicted beforehand, what the paper printed."""
+"""The presets of `batchrenorm reproduce`."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import replace
 
-import torch
+from .experiment import Arm, Curve, Figure, Labels, Measure, Mlp, Preset, Row
 
-from .. import __version__
-from ..schedule import ClipSchedule
+_BN, _BRN, _GREEN, _PURPLE, _GREY = "#2f7ed8", "#e0702c", "#3f9d5a", "#9a63c4", "#8a8a8a"
 
+# The paper's 16 labels x 2 images in a minibatch of 32. What is normalised together is a quarter of it: 4 labels x 2.
+_PAIRED = Labels(per_batch=16, images=2)
 
-class Labels(NamedTuple):
-    """A minibatch that is not i.i.d.: labels drawn with replacement, and images drawn of each, side by side."""
+_STEPS = 1500
 
-    per_batch: int
-    images: int
-    spread: int = 1  # deal the images of a label out over this many groups
+digits = Preset(
+    name="digits",
+    about="Pairs of handwritten digits, 100 classes",
+    data="pairs-100",
+    model=Mlp(depth=5, width=96),
+    batch_size=32,
+    steps=_STEPS,
+    learning_rate=0.1,
+    alpha=max(0.01, 20 / _STEPS),
+    evaluations=15,
+    seeds=5,
+    arms=(
+        Arm("baseline", "bn"),
+        Arm("baseline", "brn"),
+        Arm("baseline", "layer"),
+        Arm("microbatch", "bn", group=4),
+        Arm("microbatch", "brn", group=4),
+        Arm("noniid", "bn", group=8, labels=_PAIRED),
+        Arm("noniid", "brn", group=8, labels=_PAIRED),
+        Arm("halves", "bn", group=8, labels=_PAIRED._replace(spread=2)),
+        Arm("blowup", "bn", learning_rate=1.0, steps=600),
+        Arm("blowup", "brn", learning_rate=1.0, steps=600),
+        Arm("blowup", "brn-unclipped", learning_rate=1.0, steps=600),
+        Arm("blowup", "moving-average", learning_rate=1.0, steps=600),
+    ),
+    rows=(
+        Row("BN, i.i.d. minibatch of 32", Measure("baseline/bn"), "78.3"),
+        Row("BRN, i.i.d. minibatch of 32", Measure("baseline/brn"), "78.5"),
+        Row("LayerNorm, for comparison", Measure("baseline/layer")),
+        Row("BN, normalised in groups of 4", Measure("microbatch/bn"), "74.2"),
+        Row("BRN, normalised in groups of 4", Measure("microbatch/brn"), "76.5"),
+        Row("BN, non-i.i.d. groups", Measure("noniid/bn"), "67"),
+        Row("– the same nets, training images", Measure("noniid/bn", "train"), "72.8"),
+        Row("– the same nets, non-i.i.d. test groups, μ_B and σ_B", Measure("noniid/bn", "test", "batch"), "76.5"),
+        Row("BN, groups made i.i.d. again (“halves”)", Measure("halves/bn"), "77.4"),
+        Row("BRN, non-i.i.d. groups", Measure("noniid/brn"), "78.5 (legend: 78.6)"),
+        Row("– the same nets, training images", Measure("noniid/brn", "train")),
+        Row("BN, learning rate 1", Measure("blowup/bn")),
+        Row("BRN, learning rate 1", Measure("blowup/brn")),
+        Row("BRN unclipped from step 0, learning rate 1", Measure("blowup/brn-unclipped")),
+        Row("moving averages alone, learning rate 1", Measure("blowup/moving-average"), "“blowing up”"),
+    ),
+    figures=(
+        Figure(
+            "I.i.d. minibatches of 32",
+            "As the paper's Figure 1: the two coincide.",
+            (
+                Curve("BN", Measure("baseline/bn", "val"), _BN),
+                Curve("BRN", Measure("baseline/brn", "val"), _BRN),
+            ),
+        ),
+        Figure(
+            "Normalised in groups of 4",
+            "As Figure 2: the gradient is still over all 32. Limits open after 4 % of the steps.",
+            (
+                Curve("BN, groups of 4", Measure("microbatch/bn", "val"), _BN),
+                Curve("BRN, groups of 4", Measure("microbatch/brn", "val"), _BRN),
+                Curve("BN, all 32", Measure("baseline/bn", "val"), _GREY, dashed=True),
+            ),
+        ),
+        Figure(
+            "Non-i.i.d. groups",
+            "As Figure 3: groups of 4 labels with 2 images each.",
+            (
+                Curve("BN", Measure("noniid/bn", "val"), _BN),
+                Curve("BN, training images", Measure("noniid/bn", "train"), _BN, dashed=True),
+                Curve("BN, non-i.i.d. in test, μ_B and σ_B", Measure("noniid/bn", "val", "batch"), _PURPLE),
+                Curve("BN, halves", Measure("halves/bn", "val"), _GREEN),
+                Curve("BRN", Measure("noniid/brn", "val"), _BRN),
+                Curve("BN, i.i.d. 32", Measure("baseline/bn", "val"), _GREY, dashed=True),
+            ),
+        ),
+        Figure(
+            "High learning rate",
+            "Section 2: why not just use the averages. Learning rate 1, i.i.d. minibatches of 32.",
+            (
+                Curve("BN", Measure("blowup/bn", "val"), _BN),
+                Curve("BRN", Measure("blowup/brn", "val"), _BRN),
+                Curve("BRN, unclipped from step 0", Measure("blowup/brn-unclipped", "val"), _PURPLE),
+                Curve("moving averages alone", Measure("blowup/moving-average", "val"), _GREY),
+            ),
+        ),
+    ),
+    predictions=(),
+    chosen="",
+    caveats=(),
+)
 
+smoke = replace(
+    digits,
+    name="smoke",
+    about="A rehearsal of a few steps, whose numbers mean nothing",
+    data="digits",
+    model=Mlp(depth=2, width=16),
+    steps=40,
+    evaluations=4,
+    seeds=2,
+    arms=tuple(replace(arm, steps=None) for arm in digits.arms),
+)
 
-@dataclass(frozen=True)
-class Arm:
-    """One way to train. All arms of a preset share data, seeds, initial weights and, per kind of sampling, minibatches."""
-
-    regime: str
-    normalizer: str
-    group: int | None = None  # samples normalised together; None is the whole minibatch, as the gradient always is
-    labels: Labels | None = None  # None is i.i.d.
-    learning_rate: float | None = None  # None is the preset's
-    steps: int | None = None
-
-    @property
-    def name(self) -> str:
-        """``regime/normalizer``."""
-        return f"{self.regime}/{self.normalizer}"
-
-
-class Measure(NamedTuple):
-    """What one number of a trained arm was measured on."""
-
-    arm: str
-    split: str = "test"  # train, validation or test
-    statistics: str = "averages"  # mu and sigma of inference; or "batch": mu_B, sigma_B of minibatches sampled like the arm's
-
-
-class Row(NamedTuple):
-    """A line of the result table."""
-
-    label: str
-    measure: Measure
-    paper: str = ""  # the number that the paper printed, in percent
-
-
-class Prediction(NamedTuple):
-    """What was expected before the run, of the difference `better - worse` in points.
-
-    ``at_least``: the mean difference is that large. ``within``: the difference is no larger than that, either way.
-    """
-
-    claim: str
-    better: Measure
-    worse: Measure
-    at_least: float | None = None
-    within: float | None = None
-
-
-class Curve(NamedTuple):
-    """A line in a figure."""
-
-    label: str
-    measure: Measure
-    color: str
-    dashed: bool = False
-
-
-class Figure(NamedTuple):
-    """Learning curves in one picture."""
-
-    title: str
-    caption: str
-    curves: tuple[Curve, ...]
-
-
-@dataclass(frozen=True)
-class Mlp:
-    """A fully connected net."""
-
-    depth: int
-    width: int
-
-
-@dataclass(frozen=True)
-class Preset:
-    """An experiment.
-
-    Raises:
-        ValueError: an arm's group or labels do not fit the minibatch.
-    """
-
-    name: str
-    about: str
-    data: str
-    model: Mlp
-    batch_size: int
-    steps: int
-    learning_rate: float  # SGD, momentum 0.9, cosine to 0
-    alpha: float  # weight of the new value in mu and sigma
-    evaluations: int  # how often a training is looked at
-    seeds: int
-    arms: tuple[Arm, ...]
-    rows: tuple[Row, ...]
-    figures: tuple[Figure, ...]
-    predictions: tuple[Prediction, ...]
-    chosen: str  # how the settings were chosen
-    caveats: tuple[str, ...]
-    r_max: float = 3.0
-    d_max: float = 5.0
-    learn_gamma: bool = False  # the paper fixed gamma at 1
-
-    def __post_init__(self) -> None:
-        for arm in self.arms:
-            if arm.group is not None and self.batch_size % arm.group:
-                raise ValueError(
-                    f"expected the group of {arm.name} to divide the minibatch of {self.batch_size}, got {arm.group}; "
-                    "every group is normalised alike"
-                )
-            if arm.labels is not None and arm.labels.per_batch * arm.labels.images != self.batch_size:
-                raise ValueError(
-                    f"expected labels times images of {arm.name} to be the minibatch of {self.batch_size}, got "
-                    f"{arm.labels.per_batch} * {arm.labels.images}; every arm takes the same number of samples in a step"
-                )
-
-    def arm(self, name: str) -> Arm:
-        """The arm of this name."""
-        return next(arm for arm in self.arms if arm.name == name)
-
-    def config(self, arm: Arm) -> dict[str, Any]:
-        """All that an arm's numbers depend on, except the seed and the processor."""
-        steps = arm.steps or self.steps
-        clip = ClipSchedule.for_training(steps, self.r_max, self.d_max)
-        return {
-            "preset": self.name,
-            "data": self.data,
-            "model": {"kind": type(self.model).__name__, **asdict(self.model)},
-            "batch_size": self.batch_size,
-            "group": arm.group or self.batch_size,
-            "labels": None if arm.labels is None else arm.labels._asdict(),
-            "normalizer": arm.normalizer,
-            "steps": steps,
-            "learning_rate": arm.learning_rate or self.learning_rate,
-            "optimizer": "SGD, momentum 0.9, cosine to 0",
-            "alpha": self.alpha,
-            "clip": asdict(clip),
-            "learn_gamma": self.learn_gamma,
-            "evaluations": self.evaluations,
-            "batchrenorm": __version__,
-            "torch": torch.__version__,
-        }
+PRESETS = {preset.name: preset for preset in (digits, smoke)}

@@ -1,7 +1,7 @@
 """A run directory, and the workers that fill it.
 
-A job is one arm with one seed. A job's lines are written together, by the main process alone, into a new file that takes
-the old one's name: whatever kills the run, the directory holds whole jobs, and the next run does the others.
+A job is one arm with one seed. A job's lines are written together, by the main process alone, into a new file that then
+takes the old one's name: whatever kills the run, the directory holds whole jobs, and the next run does the others.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 
 from .. import __version__
 from . import data, training
-from .presets import Arm, Preset
+from .experiment import Arm, Preset
 from .progress import Progress
 
 Job = tuple[Arm, int]
@@ -52,7 +52,7 @@ class Results:
                 self.records.append(json.loads(line))
             except ValueError as error:
                 raise ValueError(
-                    f"expected JSON in line {number} of {path}, got {line[:40]!r}; delete that line's job or start over with --fresh"
+                    f"expected JSON in line {number} of {path}, got {line[:40]!r}; start over with --fresh"
                 ) from error
 
     def add(self, records: list[dict[str, Any]]) -> None:
@@ -70,8 +70,8 @@ class Results:
         for record in self.records:
             if hashes.get(record["arm"]) != record["config_hash"]:
                 raise ValueError(
-                    f"expected results of the present settings in {self.path.parent}, got {record['arm']} of other settings or "
-                    "versions; start over with --fresh, or choose another directory with --runs"
+                    f"expected results of the present settings in {self.path.parent}, got {record['arm']} of other "
+                    "settings or versions; start over with --fresh, or choose another directory with --runs"
                 )
         done = {(record["arm"], record["seed"]) for record in self.records}
         return [(arm, seed) for seed in range(seeds) for arm in preset.arms if (arm.name, seed) not in done]
@@ -167,13 +167,15 @@ def run(preset: Preset, results: Results, jobs: list[Job], workers: int, progres
     """
     if workers == 0:
         for arm, seed in jobs:
-            results.add(run_job(preset, arm, seed, functools.partial(progress.step, 0, arm.name, seed, arm.steps or preset.steps)))
-            progress.job_done(arm.name, seed, results.records[-1])
+            shown = functools.partial(progress.step, 0, arm.name, seed, arm.steps or preset.steps)
+            records = run_job(preset, arm, seed, shown)
+            results.add(records)
+            progress.job_done(records)
         return
     spawn = multiprocessing.get_context("spawn")
     stop, events = spawn.Event(), spawn.Queue()
     pool = ProcessPoolExecutor(min(workers, len(jobs)), spawn, _begin_worker, (stop, events))
-    # Ctrl-C reaches every process of the terminal. Workers that inherit its being ignored have no moment to trip over it.
+    # Ctrl-C reaches every process of the terminal. A worker that is born ignoring it has no moment to trip over it.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         pending = {pool.submit(_work, preset, arm, seed): (arm, seed) for arm, seed in jobs}
@@ -195,11 +197,17 @@ def run(preset: Preset, results: Results, jobs: list[Job], workers: int, progres
     pool.shutdown()
 
 
-def _keep(done: set[Future[list[dict[str, Any]]]], pending: dict[Future[list[dict[str, Any]]], Job], results: Results, progress: Progress) -> None:
+def _keep(
+    done: set[Future[list[dict[str, Any]]]],
+    pending: dict[Future[list[dict[str, Any]]], Job],
+    results: Results,
+    progress: Progress,
+) -> None:
     for future in done:
-        arm, seed = pending.pop(future)
-        results.add(future.result())
-        progress.job_done(arm.name, seed, results.records[-1])
+        del pending[future]
+        records = future.result()
+        results.add(records)
+        progress.job_done(records)
 
 
 # In a worker. Modules are a process's own, so these are one worker's.

@@ -7,15 +7,15 @@ import statistics
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from .presets import Measure, Prediction, Preset
+from .experiment import Measure, Prediction, Preset
 
 # Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom; beyond, the normal's 1.96 is near enough.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 RULE = (
     "Differences are taken seed by seed, since the arms share seeds, and get Student's 95 % interval over the seeds. "
-    "An interval that contains 0 is printed as “no difference”. “At least m”: held if the interval excludes 0 and the mean "
-    "difference is m or more. “Within m”: held if the whole interval lies within ±m, did not hold if the whole interval "
-    "lies outside, otherwise undecided."
+    "An interval that contains 0 is printed as “no difference”. “≥ m”: held if the interval excludes 0 and the mean "
+    "difference is m or more. “Within ±m”: held if the whole interval lies within ±m, did not hold if the whole "
+    "interval lies outside, otherwise undecided."
 )
 
 
@@ -55,7 +55,7 @@ def difference(better: dict[int, float], worse: dict[int, float]) -> Difference 
 
 
 def verdict(prediction: Prediction, found: Difference) -> str:
-    """"held", "did not hold", "no difference" or "undecided", by `RULE`."""
+    """ "held", "did not hold", "no difference" or "undecided", by `RULE`."""
     if prediction.within is not None:
         m = prediction.within
         if -m <= found.low and found.high <= m:
@@ -112,7 +112,9 @@ def summarize(preset: Preset, records: list[dict[str, Any]]) -> dict[str, Any]:
         "predictions": [_judged(prediction, values) for prediction in preset.predictions],
         "rule": RULE,
         "seeds": sorted({record["seed"] for record in records}),
-        "versions": sorted({f"batchrenorm {r['version']} ({r['commit']}), torch {r['hardware']['torch']}" for r in records}),
+        "versions": sorted(
+            {f"batchrenorm {r['version']} ({r['commit']}), torch {r['hardware']['torch']}" for r in records}
+        ),
         "hardware": sorted({f"{r['hardware']['cpu']}, {r['hardware']['cores']} cores" for r in records}),
     }
 

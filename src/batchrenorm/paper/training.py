@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..schedule import ClipSchedule
 from . import evaluation, models
 from .data import Data, Split, iid_batches, label_batches
-from .presets import Arm, Preset
+from .experiment import Arm, Preset
 
 # Enough for a curve, few enough to cost nothing beside the training.
 _EVALUATION_ITEMS = 2000
@@ -26,7 +27,7 @@ def build(preset: Preset, arm: Arm, data: Data, seed: int) -> nn.Module:
             arm.normalizer,
             preset.model.width,
             preset.alpha,
-            models.ClipSchedule(**config["clip"]),
+            ClipSchedule(**config["clip"]),
             arm.group,
             preset.learn_gamma,
         )
@@ -45,7 +46,7 @@ def batches(preset: Preset, arm: Arm, labels: Tensor, steps: int, seed: int) -> 
 def train(
     preset: Preset, arm: Arm, seed: int, data: Data, progress: Callable[[int, float | None], None]
 ) -> list[dict[str, Any]]:
-    """Train, looking at training and validation images on the way and at the test images once, at the end.
+    """Train, looking at training and validation images on the way, and at the test images once, at the end.
 
     Args:
         preset: the experiment.
@@ -55,7 +56,7 @@ def train(
         progress: called with the finished steps and the latest validation accuracy; what it raises ends the training.
 
     Returns:
-        One entry per evaluation: step, split, statistics, accuracy in percent, loss, and r and d in that step's forward.
+        One entry per evaluation: step, split, statistics, accuracy in percent, loss, r and d in that step's forward.
     """
     steps = arm.steps or preset.steps
     model = build(preset, arm, data, seed)
@@ -64,12 +65,13 @@ def train(
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     looked_at = {max(1, round(steps * k / preset.evaluations)) for k in range(1, preset.evaluations + 1)}
-    splits = {"train": _every_nth(data.train), "validation": data.validation}
+    splits = {"train": _every_nth(data.train), "val": data.validation}
     evaluations: list[dict[str, Any]] = []
     accuracy = None
     for step, batch in enumerate(batches(preset, arm, data.train.y, steps, seed), 1):
         optimizer.zero_grad()
-        with evaluation.corrections(model if step in looked_at and arm.normalizer.startswith("brn") else nn.Identity()) as seen:
+        watched = step in looked_at and arm.normalizer.startswith("brn")
+        with evaluation.corrections(model if watched else nn.Identity()) as seen:
             outputs = model(data.train.x[batch])
         F.cross_entropy(outputs, data.train.y[batch]).backward()
         optimizer.step()
@@ -79,7 +81,9 @@ def train(
                 splits["test"] = data.test
             for entry in _evaluate(preset, arm, model, splits):
                 evaluations.append({"step": step, **entry, **_mean(seen)})
-            accuracy = next(e["accuracy"] for e in reversed(evaluations) if e["split"] == "validation" and e["statistics"] == "averages")
+            accuracy = next(
+                e["accuracy"] for e in reversed(evaluations) if (e["split"], e["statistics"]) == ("val", "averages")
+            )
         progress(step, accuracy)
     return evaluations
 
@@ -89,7 +93,7 @@ def _evaluate(preset: Preset, arm: Arm, model: nn.Module, splits: dict[str, Spli
     for name, split in splits.items():
         scores = {"averages": evaluation.with_averages(model, split)}
         if arm.labels is not None and name != "train":
-            # As in the paper's "non-i.i.d. in test": minibatches sampled like the arm's, the same for every arm and seed.
+            # As in the paper's "non-i.i.d. in test": minibatches sampled like the arm's, the same for every seed.
             drawn = batches(preset, arm, split.y, len(split.y) // preset.batch_size, seed=0)
             scores["batch"] = evaluation.with_batch_statistics(model, split, drawn)
         entries += [{"split": name, "statistics": kind, **score._asdict()} for kind, score in scores.items()]
