@@ -61,7 +61,13 @@ def test_gradients_equal_eager_while_the_limits_move(backend: str, channels_last
 
 @pytest.mark.parametrize(
     "options",
-    [{"microbatch_size": 2}, {"microbatch_size": 4}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}],
+    [
+        {"microbatch_size": 2},
+        {"microbatch_size": 4},
+        {"affine": False},
+        {"track_running_stats": False},
+        {"momentum": None},
+    ],
     ids=str,
 )
 def test_options(options: dict[str, object]) -> None:

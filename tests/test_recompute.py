@@ -1,4 +1,4 @@
-"""A forward that is run again (checkpointing, compilers) has the same r, d and gradients, and moves the averages once."""
+"""A forward that is run again (checkpointing, compilers) has the same r, d, gradients, and moves the averages once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Forward = Callable[[Tensor], Tensor]
 
 
 class Net(nn.Module):
-    """Two BRN layers, one of them with microbatches and one on its way through the schedule, and a checkpoint somewhere."""
+    """Two layers, one with microbatches and one on its way through the schedule, and a checkpoint somewhere."""
 
     def __init__(self, mode: str = "none", reentrant: bool = False) -> None:
         super().__init__()
@@ -59,7 +59,10 @@ def build(mode: str = "none", reentrant: bool = False) -> Net:
 
 
 def train(net: Net, forward: Forward, order: tuple[int, ...], steps: int = 4, same_x: bool = False) -> list[Tensor]:
-    """All gradients and buffers of some steps, each with several forwards before the backwards, which run in `order` (empty: one backward of all)."""
+    """All gradients and buffers of some steps, each with several forwards before the backwards.
+
+    These run in `order`; an empty one is one backward of all.
+    """
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     seen: list[Tensor] = []
@@ -195,7 +198,7 @@ def test_one_layer_used_twice_in_a_checkpointed_compiled_graph() -> None:
 
 
 def test_forwards_without_a_backward_do_not_disturb() -> None:
-    """Logging in training mode, recalibration: such forwards are never recomputed, and more of them than are remembered."""
+    """Logging in training mode, recalibration: never recomputed, and more of them than are remembered."""
     plain, net = build(), build("plain")
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(16, 6, generator=generator, dtype=torch.double)
@@ -238,7 +241,7 @@ def test_unmatched_recomputation_is_an_error() -> None:
     )
     moved = [b.clone() for b in net.buffers()]
     assert not torch.equal(buffers[0], moved[0])
-    with pytest.raises(RuntimeError, match="expected the recomputation .* preserve_rng_state"):
+    with pytest.raises(RuntimeError, match=r"expected the recomputation .* preserve_rng_state"):
         y.backward(torch.randn_like(y))
     for a, b in zip(moved, net.buffers(), strict=True):
         assert torch.equal(a, b)

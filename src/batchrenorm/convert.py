@@ -1,8 +1,8 @@
 """BatchNorm <-> BatchRenorm.
 
-A layer is converted by giving the object its new class and attributes, as torch's own lazy layers do when they learn their
-size. So whatever refers to the layer goes on referring to it: parents at any depth, several parents of one shared layer,
-hooks, the optimiser that holds its parameters.
+A layer is converted by giving the object its new class and attributes, as torch's own lazy layers do when they learn
+their size. So whatever refers to the layer goes on referring to it: parents at any depth, several parents of one shared
+layer, hooks, the optimiser that holds its parameters.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ def convert_batchnorm(
 ) -> Model:
     """Turn every batch-norm layer of a model into Batch Renormalization, in place.
 
-    Converted are `BatchNorm1d/2d/3d`, `SyncBatchNorm` (to `BatchRenorm`, with statistics of its own replica) and the lazy
-    ones, at any depth, shared or not. Layers keep their identity, so do their parameters (an optimiser goes on with its
-    state) and hooks; training flag, device, dtype, requires_grad, eps, averages and step count stay. Inference is
-    unchanged. Subclasses stay as they are, since they may do more than batch norm; each is named in the log.
+    Converted are `BatchNorm1d/2d/3d`, `SyncBatchNorm` (to `BatchRenorm`, with statistics of its own replica) and the
+    lazy ones, at any depth, shared or not. Layers keep their identity, so do their parameters (an optimiser goes on
+    with its state) and hooks; training flag, device, dtype, requires_grad, eps, averages and step count stay. Inference
+    is unchanged. Subclasses stay as they are, since they may do more than batch norm; each is named in the log.
 
     Args:
         model: any module; a single layer too.
         clip: limits as a function of the step; the step goes on from `num_batches_tracked`.
-        momentum: weight of the new value in the averages; the paper's 0.01 rather than the layer's own, which was chosen
-            for averages that training does not use. None for the cumulative mean.
+        momentum: weight of the new value in the averages; the paper's 0.01 rather than the layer's own, which was
+            chosen for averages that training does not use. None for the cumulative mean.
         microbatch_size: see `BatchRenorm`.
         process_group: see `BatchRenorm`.
         where: ``where(name, layer) -> bool`` picks the layers; None picks all.
@@ -93,10 +93,10 @@ def convert_batchnorm(
                 log.info("%s stays %s: it may do more than batch norm", name or "the model", type(layer).__name__)
             continue
         layer.__class__ = renorm
-        layer.momentum = momentum  # type: ignore[assignment]
-        layer.clip = clip  # type: ignore[assignment]
-        layer.microbatch_size = microbatch_size  # type: ignore[assignment]
-        layer.process_group = process_group  # type: ignore[assignment]
+        layer.momentum = momentum
+        layer.clip = clip
+        layer.microbatch_size = microbatch_size
+        layer.process_group = process_group
         layer._layer = torch.empty(1)
     return model
 
@@ -104,8 +104,8 @@ def convert_batchnorm(
 def to_batchnorm(model: Model) -> Model:
     """Turn every Batch Renormalization layer of a model into the `torch.nn.BatchNorm` of equal inference, in place.
 
-    What folds, exports, scripts or quantises batch norm takes it from there. Training goes on as batch norm; to keep the
-    model, convert a `copy.deepcopy` of it.
+    What folds, exports, scripts or quantises batch norm takes it from there. Training goes on as batch norm; to keep
+    the model, convert a `copy.deepcopy` of it.
 
     Args:
         model: any module; a single layer too.

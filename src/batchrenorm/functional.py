@@ -46,14 +46,14 @@ def batch_renorm(
     """Batch Renormalization as a function; in training it updates the running tensors in place, as `F.batch_norm` does.
 
     Training: ``y = weight * ((x - mu_B) / sigma_B * r + d) + bias`` with ``r = clip(sigma_B / sigma, 1/r_max, r_max)``,
-    ``d = clip((mu_B - mu) / sigma, -d_max, d_max)``, ``sigma = sqrt(running_var + eps)``, ``mu = running_mean``, all from
-    before the update; r and d are constants under the gradient. Inference is batch norm's.
+    ``d = clip((mu_B - mu) / sigma, -d_max, d_max)``, ``sigma = sqrt(running_var + eps)``, ``mu = running_mean``, all
+    from before the update; r and d are constants under the gradient. Inference is batch norm's.
 
     Args:
         x: ``(N, C)`` or ``(N, C, *spatial)``; float64, float32, bfloat16 or float16.
         running_mean: ``(C,)`` moving average of the mean, or None: then training is batch norm.
-        running_var: ``(C,)``, the moving average of the standard deviation, kept as ``sigma² - eps`` so that inference is
-            batch norm's; None together with running_mean.
+        running_var: ``(C,)``, the moving average of the standard deviation, kept as ``sigma² - eps`` so that inference
+            is batch norm's; None together with running_mean.
         weight: ``(C,)`` gamma, or None for 1. May be float32 beside half x.
         bias: ``(C,)`` beta, or None for 0.
         training: normalise by the minibatch and update the averages, or normalise by the averages.
@@ -63,8 +63,8 @@ def batch_renorm(
         d_max: limit of d, at least 0; float or 0-d tensor.
         microbatch_size: normalise consecutive groups of this many samples separately, each with its own r and d; the
             averages move once, by the mean over the groups. The last group may be smaller. Ignored in inference.
-        mask: bool, ``(N, *spatial)``, True = a real element. Only real elements enter the statistics; the others are mapped
-            like them (what is not finite there counts as 0). Ignored in inference.
+        mask: bool, ``(N, *spatial)``, True = a real element. Only real elements enter the statistics; the others are
+            mapped like them (what is not finite there counts as 0). Ignored in inference.
         process_group: statistics over all replicas; not available yet.
         backend: "aten" or "decomposed"; None chooses.
 
@@ -192,14 +192,14 @@ def _inference(
 ) -> Tensor:
     if running_mean is None or running_var is None:
         return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
-    if torch.is_grad_enabled() and is_plain_eager(x) and not torch.jit.is_tracing():
+    if torch.is_grad_enabled() and is_plain_eager(x) and not torch.jit.is_tracing():  # type: ignore[attr-defined]
         # Autograd keeps the averages; a training forward before the backward would write over them.
         running_mean, running_var = running_mean.clone(), running_var.clone()
     return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
 
 
-# Microbatches. A microbatch is a batch of its own with its own C channels: (G*m, C, *) -> (m, G*C, *). Everything between
-# these two functions is batch norm of more channels. Each is one copy when G > 1, a view when G = 1.
+# Microbatches. A microbatch is a batch of its own with its own C channels: (G*m, C, *) -> (m, G*C, *). Everything
+# between these two functions is batch norm of more channels. Each is one copy when G > 1, a view when G = 1.
 
 
 def _microbatches_to_channels(x: Tensor, size: int) -> list[Tensor]:
@@ -246,14 +246,20 @@ def _check_tensors(
     if not isinstance(x, Tensor):
         raise TypeError(f"expected x to be a torch.Tensor, got {type(x).__name__}; convert it with torch.as_tensor")
     if not x.is_floating_point():
-        raise TypeError(f"expected x to be float64, float32, bfloat16 or float16, got {x.dtype}; convert it, e.g. x.float()")
+        raise TypeError(
+            f"expected x to be float64, float32, bfloat16 or float16, got {x.dtype}; convert it, e.g. x.float()"
+        )
     if x.ndim < 2:
-        raise ValueError(f"expected x of shape (N, C) or (N, C, *spatial), got {tuple(x.shape)}; add the missing dimensions")
+        raise ValueError(
+            f"expected x of shape (N, C) or (N, C, *spatial), got {tuple(x.shape)}; add the missing dimensions"
+        )
     if x.numel() == 0:
         raise ValueError(f"expected at least one element, got x of shape {tuple(x.shape)}; skip empty batches")
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
-        raise ValueError(f"expected running_mean and running_var both or neither, got None for {missing}; give the other too")
+        raise ValueError(
+            f"expected running_mean and running_var both or neither, got None for {missing}; give the other too"
+        )
     C = x.shape[1]
     for vector in (running_mean, running_var, weight, bias):
         if vector is not None and (vector.ndim != 1 or vector.shape[0] != C):
@@ -285,7 +291,9 @@ def check_settings(
         check_limits(1.0, d_max)
     if microbatch_size is not None:
         if not isinstance(microbatch_size, int):
-            raise TypeError(f"expected microbatch_size to be an int or None, got {type(microbatch_size).__name__}; round it")
+            raise TypeError(
+                f"expected microbatch_size to be an int or None, got {type(microbatch_size).__name__}; round it"
+            )
         if microbatch_size < 1:
             raise ValueError(f"expected microbatch_size >= 1 or None, got {microbatch_size}; None is the whole batch")
     if process_group is not None:

@@ -20,10 +20,12 @@ Clip = Callable[[Tensor], tuple[Tensor, Tensor]] | ClipSchedule
 class BatchRenorm(nn.Module):
     """Batch Renormalization of a tensor of any rank; `BatchRenorm1d`, `2d` and `3d` also check the rank.
 
-    ``y = weight * ((x - mu_B) / sigma_B * r + d) + bias`` in training, ``weight * (x - mu) / sigma + bias`` in inference.
+    ``y = weight * ((x - mu_B) / sigma_B * r + d) + bias`` in training, ``weight * (x - mu) / sigma + bias`` in
+    inference.
 
-    A drop-in for `torch.nn.BatchNorm1d/2d/3d`: the same arguments and the same five state-dict keys. The averages are used
-    in training, so `running_var` holds ``sigma² - eps``, where sigma averages the *standard deviation* as in the paper.
+    A drop-in for `torch.nn.BatchNorm1d/2d/3d`: the same arguments and the same five state-dict keys. The averages are
+    used in training, so `running_var` holds ``sigma² - eps``, where sigma averages the *standard deviation* as in the
+    paper.
 
     Args:
         num_features: C, the size of dimension 1.
@@ -38,8 +40,8 @@ class BatchRenorm(nn.Module):
         process_group: statistics over all replicas; not available yet.
 
     Raises:
-        ValueError, TypeError: an argument out of its range, or an input of the wrong shape or dtype; an error leaves the
-            averages and the step as they were.
+        ValueError, TypeError: an argument out of its range, or an input of the wrong shape or dtype; an error leaves
+            the averages and the step as they were.
 
     Example:
         >>> layer = BatchRenorm2d(3, clip=ClipSchedule.constant())
@@ -81,7 +83,9 @@ class BatchRenorm(nn.Module):
             raise ValueError(f"expected num_features to be an int >= 0, got {num_features!r}; it is dimension 1 of x")
         check_settings(0.0 if momentum is None else momentum, eps, 1.0, 0.0, microbatch_size, process_group, None)
         if not callable(clip):
-            raise TypeError(f"expected clip to be a ClipSchedule, got {clip!r}; a constant is ClipSchedule.constant(r, d)")
+            raise TypeError(
+                f"expected clip to be a ClipSchedule, got {clip!r}; a constant is ClipSchedule.constant(r, d)"
+            )
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
@@ -96,8 +100,9 @@ class BatchRenorm(nn.Module):
         self.weight = Parameter(torch.ones(num_features, **floating)) if affine else None  # type: ignore[arg-type]
         self.bias = Parameter(torch.zeros(num_features, **floating)) if affine else None  # type: ignore[arg-type]
         tracked = track_running_stats
-        self.register_buffer("running_mean", torch.zeros(num_features, **floating) if tracked else None)  # type: ignore[arg-type]
-        self.register_buffer("running_var", torch.ones(num_features, **floating) if tracked else None)  # type: ignore[arg-type]
+        zeros = torch.zeros(num_features, **floating) if tracked else None  # type: ignore[arg-type]
+        self.register_buffer("running_mean", zeros)
+        self.register_buffer("running_var", None if zeros is None else torch.ones_like(zeros))
         self.register_buffer(
             "num_batches_tracked", torch.zeros((), dtype=torch.long, device=device) if tracked else None
         )
@@ -173,7 +178,9 @@ class BatchRenorm(nn.Module):
         text += f"track_running_stats={self.track_running_stats}, clip={self.clip}"
         return text if self.microbatch_size is None else f"{text}, microbatch_size={self.microbatch_size}"
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any) -> None:  # type: ignore[override]
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
         key = prefix + "num_batches_tracked"
         old = local_metadata.get("version") is None or local_metadata["version"] < 2
         if old and self.num_batches_tracked is not None and key not in state_dict:
@@ -212,13 +219,13 @@ class _Lazy(LazyModuleMixin, BatchRenorm):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(0, eps, momentum, False, False, device, dtype, **options)  # type: ignore[misc]
+        super().__init__(0, eps, momentum, False, False, device, dtype, **options)
         self.affine = affine
         self.track_running_stats = track_running_stats
         floating = {"device": device, "dtype": dtype}
         if affine:
-            self.weight = UninitializedParameter(**floating)  # type: ignore[arg-type]
-            self.bias = UninitializedParameter(**floating)  # type: ignore[arg-type]
+            self.weight = UninitializedParameter(**floating)  # type: ignore
+            self.bias = UninitializedParameter(**floating)  # type: ignore
         if track_running_stats:
             self.running_mean = UninitializedBuffer(**floating)  # type: ignore[arg-type]
             self.running_var = UninitializedBuffer(**floating)  # type: ignore[arg-type]
@@ -228,7 +235,7 @@ class _Lazy(LazyModuleMixin, BatchRenorm):
         if not self.has_uninitialized_params() and self.num_features != 0:
             super().reset_parameters()
 
-    def initialize_parameters(self, x: Tensor, mask: Tensor | None = None) -> None:  # type: ignore[override]
+    def initialize_parameters(self, x: Tensor, mask: Tensor | None = None) -> None:
         if self.has_uninitialized_params():
             self.num_features = x.shape[1]
             for tensor in (self.weight, self.bias, self.running_mean, self.running_var):
@@ -240,19 +247,19 @@ class _Lazy(LazyModuleMixin, BatchRenorm):
 class LazyBatchRenorm1d(_Lazy, BatchRenorm1d):
     """A `BatchRenorm1d` that takes num_features from its first input, as `torch.nn.LazyBatchNorm1d` does."""
 
-    cls_to_become = BatchRenorm1d  # type: ignore[assignment]
+    cls_to_become = BatchRenorm1d
 
 
 class LazyBatchRenorm2d(_Lazy, BatchRenorm2d):
     """A `BatchRenorm2d` that takes num_features from its first input, as `torch.nn.LazyBatchNorm2d` does."""
 
-    cls_to_become = BatchRenorm2d  # type: ignore[assignment]
+    cls_to_become = BatchRenorm2d
 
 
 class LazyBatchRenorm3d(_Lazy, BatchRenorm3d):
     """A `BatchRenorm3d` that takes num_features from its first input, as `torch.nn.LazyBatchNorm3d` does."""
 
-    cls_to_become = BatchRenorm3d  # type: ignore[assignment]
+    cls_to_become = BatchRenorm3d
 
 
 def set_step(model: nn.Module, step: int) -> None:

@@ -31,7 +31,8 @@ def batch_renorm(
     Args:
         x: ``(N, C)`` or ``(N, C, *spatial)``, floating point; statistics are over all but the channel dimension.
         mu: ``(C,)``, moving mean before this step.
-        sigma: ``(C,)``, moving standard deviation before this step; epsilon is inside it. ``sigma = sqrt(running_var + eps)``.
+        sigma: ``(C,)``, moving standard deviation before this step; epsilon is inside it. ``sigma = sqrt(running_var +
+            eps)``.
         gamma: ``(C,)`` or None for 1.
         beta: ``(C,)`` or None for 0.
         alpha: update rate of the moving averages, the weight of the new value.
@@ -58,8 +59,8 @@ def batch_renorm(
     sigma_B = torch.sqrt(eps + ((x - mu_B.view(channel)) ** 2).mean(batch))
 
     with torch.no_grad():  # the paper's stop_gradient
-        r = torch.clip(sigma_B / sigma, 1 / r_max, r_max)
-        d = torch.clip((mu_B - mu) / sigma, -d_max, d_max)
+        r = torch.clip(sigma_B / sigma, 1 / r_max, r_max)  # type: ignore[arg-type]
+        d = torch.clip((mu_B - mu) / sigma, -d_max, d_max)  # type: ignore[arg-type]
 
     x_hat = (x - mu_B.view(channel)) / sigma_B.view(channel) * r.view(channel) + d.view(channel)
     y = x_hat

@@ -14,20 +14,21 @@ from torch.utils.data import Sampler
 class LabelGroupBatchSampler(Sampler[list[int]]):
     """Minibatches of a few labels with a few images each: the paper's 16 labels times 2 images.
 
-    For every minibatch `labels_per_batch` labels are drawn at random *with* replacement (so a label may come twice), and for
-    each of them `images_per_label` different images of it. The images of a label stand side by side.
+    For every minibatch `labels_per_batch` labels are drawn at random *with* replacement (so a label may come twice),
+    and for each of them `images_per_label` different images of it. The images of a label stand side by side.
 
-    Batches are a function of (seed, epoch, index) alone, so an iteration can be resumed anywhere and arms of an experiment
-    share their batches. After a whole pass the epoch advances by itself.
+    Batches are a function of (seed, epoch, index) alone, so an iteration can be resumed anywhere and arms of an
+    experiment share their batches. After a whole pass the epoch advances by itself.
 
     Args:
         labels: ``(n,)`` integers, the label of each item of the dataset.
         labels_per_batch: labels drawn for a set.
         images_per_label: images drawn for each label.
-        sets_per_batch: how many such sets, drawn independently, stand one after the other in a minibatch (the paper's 50
-            workers). With ``microbatch_size = labels_per_batch * images_per_label`` each set is normalised by itself.
-        spread: deal the images of each label out over this many equal parts of the set; 2 is the paper's remedy, in which
-            one image of every pair goes to the first half-minibatch and the other to the second.
+        sets_per_batch: how many such sets, drawn independently, stand one after the other in a minibatch (the paper's
+            50 workers). With ``microbatch_size = labels_per_batch * images_per_label`` each set is normalised by
+            itself.
+        spread: deal the images of each label out over this many equal parts of the set; 2 is the paper's remedy, in
+            which one image of every pair goes to the first half-minibatch and the other to the second.
         num_batches: minibatches in an epoch; None for ``n // batch size`` (at least 1).
         seed: of the random choices.
 
@@ -56,7 +57,9 @@ class LabelGroupBatchSampler(Sampler[list[int]]):
     ) -> None:
         of = torch.as_tensor(labels)
         if of.ndim != 1 or of.numel() == 0 or of.is_floating_point():
-            raise ValueError(f"expected labels to be n integers, got shape {tuple(of.shape)} of {of.dtype}; one for each item")
+            raise ValueError(
+                f"expected labels to be n integers, got shape {tuple(of.shape)} of {of.dtype}; one for each item"
+            )
         for name, value in {
             "labels_per_batch": labels_per_batch,
             "images_per_label": images_per_label,
@@ -76,8 +79,8 @@ class LabelGroupBatchSampler(Sampler[list[int]]):
         if counts.min() < images_per_label:
             rare = int(counts.argmin())
             raise ValueError(
-                f"expected at least images_per_label={images_per_label} images of every label, got {int(counts[rare])} of "
-                f"label {int(names[rare])}; leave rare labels out or draw fewer images"
+                f"expected at least images_per_label={images_per_label} images of every label, got {int(counts[rare])} "
+                f"of label {int(names[rare])}; leave rare labels out or draw fewer images"
             )
         self._images = order.split(counts.tolist())
         self.labels_per_batch = labels_per_batch
@@ -124,12 +127,10 @@ class LabelGroupBatchSampler(Sampler[list[int]]):
         batch: list[int] = []
         for _ in range(self.sets_per_batch):
             labels = torch.randint(len(self._images), (self.labels_per_batch,), generator=generator).tolist()
-            drawn = torch.stack(
-                [
-                    self._images[label][torch.randperm(len(self._images[label]), generator=generator)[: self.images_per_label]]
-                    for label in labels
-                ]
-            )
+            drawn = torch.stack([self._draw(self._images[label], generator) for label in labels])
             # (labels, parts, images of a label in a part) -> parts first
             batch += drawn.unflatten(1, (self.spread, -1)).transpose(0, 1).flatten().tolist()
         return batch
+
+    def _draw(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        return images[torch.randperm(len(images), generator=generator)[: self.images_per_label]]

@@ -120,6 +120,10 @@ def as_real(step: Tensor) -> Tensor:
 def check_limits(r_max: float, d_max: float) -> None:
     """Raise ValueError unless ``r_max >= 1`` and ``d_max >= 0``, both of them numbers (inf means unclipped)."""
     if math.isnan(r_max) or r_max < 1:
-        raise ValueError(f"expected r_max >= 1 (r lies in [1/r_max, r_max]), got {r_max}; r_max=1, d_max=0 is batch norm")
+        raise ValueError(
+            f"expected r_max >= 1 (r lies in [1/r_max, r_max]), got {r_max}; r_max=1, d_max=0 is batch norm"
+        )
     if math.isnan(d_max) or d_max < 0:
-        raise ValueError(f"expected d_max >= 0 (d lies in [-d_max, d_max]), got {d_max}; r_max=1, d_max=0 is batch norm")
+        raise ValueError(
+            f"expected d_max >= 0 (d lies in [-d_max, d_max]), got {d_max}; r_max=1, d_max=0 is batch norm"
+        )

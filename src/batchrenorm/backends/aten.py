@@ -102,11 +102,12 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _gradients_once = once_differentiable(_gradients)
 
+
 @functools.lru_cache(maxsize=64)
 def as_tensor(number: float) -> Tensor:
     """0-d float64 of a setting: arithmetic with it takes half the time of arithmetic with a Python number."""
     return torch.tensor(number, dtype=torch.float64)
 
 
-AffineBackward: type = _Affine._backward_cls  # type: ignore[attr-defined]
+AffineBackward: type = _Affine._backward_cls
 """The class of this backend's nodes in autograd's graph."""

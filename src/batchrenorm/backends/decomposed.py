@@ -36,8 +36,8 @@ def affine(
         scale, shift = scale * weight, shift * weight
     if bias is not None:
         shift = shift + bias.to(mean.dtype)
-    # x - mean before the product: with x * scale + (shift - mean * scale) the gradient of scale would be a difference of
-    # two sums of size mean/std, which loses every digit at an offset of 1e4.
+    # x - mean before the product: with x * scale + (shift - mean * scale) the gradient of scale would be a difference
+    # of two sums of size mean/std, which loses every digit at an offset of 1e4.
     y = (x.to(mean.dtype) - _like(x, mean)) * _like(x, scale.flatten() / std) + _like(x, shift.flatten())
     return y.to(x.dtype)
 

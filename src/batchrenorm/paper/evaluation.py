@@ -40,15 +40,16 @@ def with_batch_statistics(model: nn.Module, split: Split, batches: list[list[int
     Args:
         model: the net.
         split: the images.
-        batches: indices into split; each a minibatch.
+        batches: indices into split; each a minibatch, all of one size.
     """
-    # A copy, since a training forward moves the averages.
+    # A copy, since a training forward moves the averages. All minibatches go in at once, each in groups of its own.
     model = copy.deepcopy(model).train()
     for layer in model.modules():
         if isinstance(layer, BatchRenorm):
             layer.clip = ClipSchedule.constant(1.0, 0.0)
-    outputs = torch.cat([model(split.x[batch]) for batch in batches])
-    return _score(outputs, torch.cat([split.y[batch] for batch in batches]))
+            layer.microbatch_size = layer.microbatch_size or len(batches[0])
+    index = torch.tensor(batches).flatten()
+    return _score(model(split.x[index]), split.y[index])
 
 
 def _score(outputs: Tensor, labels: Tensor) -> Score:

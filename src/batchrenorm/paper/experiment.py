@@ -105,6 +105,7 @@ class Preset:
     batch_size: int
     steps: int
     learning_rate: float  # SGD, momentum 0.9, cosine to 0
+    weight_decay: float
     alpha: float  # weight of the new value in mu and sigma
     evaluations: int  # how often a training is looked at
     seeds: int
@@ -149,6 +150,7 @@ class Preset:
             "normalizer": arm.normalizer,
             "steps": steps,
             "learning_rate": arm.learning_rate or self.learning_rate,
+            "weight_decay": self.weight_decay,
             "optimizer": "SGD, momentum 0.9, cosine to 0",
             "alpha": self.alpha,
             "clip": asdict(clip),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .experiment import Arm, Curve, Figure, Labels, Measure, Mlp, Preset, Row
+from .experiment import Arm, Curve, Figure, Labels, Measure, Mlp, Prediction, Preset, Row
 
 _BN, _BRN, _GREEN, _PURPLE, _GREY = "#2f7ed8", "#e0702c", "#3f9d5a", "#9a63c4", "#8a8a8a"
 
-# The paper's 16 labels x 2 images in a minibatch of 32. What is normalised together is a quarter of it: 4 labels x 2.
-_PAIRED = Labels(per_batch=16, images=2)
+# 8 labels x 4 images in a minibatch of 32, normalised in groups of 16: 4 labels x 4, or 8 labels x 2 when spread. With
+# 100 classes the paper's 16 x 2 in a group of 32 is i.i.d. in practice: BN loses nothing (see LOG.md).
+_PAIRED = Labels(per_batch=8, images=4)
 
 _STEPS = 1500
 
@@ -17,10 +18,11 @@ digits = Preset(
     name="digits",
     about="Pairs of handwritten digits, 100 classes",
     data="pairs-100",
-    model=Mlp(depth=5, width=96),
+    model=Mlp(depth=6, width=96),
     batch_size=32,
     steps=_STEPS,
     learning_rate=0.1,
+    weight_decay=1e-3,
     alpha=max(0.01, 20 / _STEPS),
     evaluations=15,
     seeds=5,
@@ -30,13 +32,13 @@ digits = Preset(
         Arm("baseline", "layer"),
         Arm("microbatch", "bn", group=4),
         Arm("microbatch", "brn", group=4),
-        Arm("noniid", "bn", group=8, labels=_PAIRED),
-        Arm("noniid", "brn", group=8, labels=_PAIRED),
-        Arm("halves", "bn", group=8, labels=_PAIRED._replace(spread=2)),
-        Arm("blowup", "bn", learning_rate=1.0, steps=600),
-        Arm("blowup", "brn", learning_rate=1.0, steps=600),
-        Arm("blowup", "brn-unclipped", learning_rate=1.0, steps=600),
-        Arm("blowup", "moving-average", learning_rate=1.0, steps=600),
+        Arm("noniid", "bn", group=16, labels=_PAIRED),
+        Arm("noniid", "brn", group=16, labels=_PAIRED),
+        Arm("halves", "bn", group=16, labels=_PAIRED._replace(spread=2)),
+        Arm("blowup", "bn", learning_rate=1.0, steps=500),
+        Arm("blowup", "brn", learning_rate=1.0, steps=500),
+        Arm("blowup", "brn-unclipped", learning_rate=1.0, steps=500),
+        Arm("blowup", "moving-average", learning_rate=1.0, steps=500),
     ),
     rows=(
         Row("BN, i.i.d. minibatch of 32", Measure("baseline/bn"), "78.3"),
@@ -48,7 +50,7 @@ digits = Preset(
         Row("– the same nets, training images", Measure("noniid/bn", "train"), "72.8"),
         Row("– the same nets, non-i.i.d. test groups, μ_B and σ_B", Measure("noniid/bn", "test", "batch"), "76.5"),
         Row("BN, groups made i.i.d. again (“halves”)", Measure("halves/bn"), "77.4"),
-        Row("BRN, non-i.i.d. groups", Measure("noniid/brn"), "78.5 (legend: 78.6)"),
+        Row("BRN, non-i.i.d. groups", Measure("noniid/brn"), "78.5–78.6"),
         Row("– the same nets, training images", Measure("noniid/brn", "train")),
         Row("BN, learning rate 1", Measure("blowup/bn")),
         Row("BRN, learning rate 1", Measure("blowup/brn")),
@@ -58,7 +60,7 @@ digits = Preset(
     figures=(
         Figure(
             "I.i.d. minibatches of 32",
-            "As the paper's Figure 1: the two coincide.",
+            "As Figure 1, where the two coincide.",
             (
                 Curve("BN", Measure("baseline/bn", "val"), _BN),
                 Curve("BRN", Measure("baseline/brn", "val"), _BRN),
@@ -75,7 +77,7 @@ digits = Preset(
         ),
         Figure(
             "Non-i.i.d. groups",
-            "As Figure 3: groups of 4 labels with 2 images each.",
+            "As Figure 3: groups of 16 samples, 4 labels with 4 images each.",
             (
                 Curve("BN", Measure("noniid/bn", "val"), _BN),
                 Curve("BN, training images", Measure("noniid/bn", "train"), _BN, dashed=True),
@@ -92,13 +94,109 @@ digits = Preset(
                 Curve("BN", Measure("blowup/bn", "val"), _BN),
                 Curve("BRN", Measure("blowup/brn", "val"), _BRN),
                 Curve("BRN, unclipped from step 0", Measure("blowup/brn-unclipped", "val"), _PURPLE),
-                Curve("moving averages alone", Measure("blowup/moving-average", "val"), _GREY),
+                Curve("moving averages alone", Measure("blowup/moving-average", "val"), _GREY, dashed=True),
             ),
         ),
     ),
-    predictions=(),
-    chosen="",
-    caveats=(),
+    # Written after the choice of settings on validation images and before any test accuracy had been computed.
+    predictions=(
+        Prediction(
+            "I.i.d. minibatch of 32: BRN and BN are equal (paper: +0.2)",
+            Measure("baseline/brn"),
+            Measure("baseline/bn"),
+            within=1.5,
+        ),
+        Prediction(
+            "Groups of 4 cost BN accuracy (paper: 4.1)",
+            Measure("baseline/bn"),
+            Measure("microbatch/bn"),
+            at_least=4.1,
+        ),
+        Prediction(
+            "Groups of 4: BRN beats BN (paper: 2.3)",
+            Measure("microbatch/brn"),
+            Measure("microbatch/bn"),
+            at_least=2.3,
+        ),
+        Prediction(
+            "Groups of 4: BRN does not reach its minibatch of 32 (paper: 2.0)",
+            Measure("baseline/brn"),
+            Measure("microbatch/brn"),
+            at_least=2.0,
+        ),
+        Prediction(
+            "Non-i.i.d. groups: BRN beats BN (paper: 11.5)",
+            Measure("noniid/brn"),
+            Measure("noniid/bn"),
+            at_least=5.0,
+        ),
+        Prediction(
+            "Non-i.i.d. groups: BRN is as good as i.i.d. (paper: 0.0)",
+            Measure("noniid/brn"),
+            Measure("baseline/brn"),
+            within=3.0,
+        ),
+        Prediction(
+            "Non-i.i.d. groups: BN is bad on training images too (paper: 72.8 against 78.3 in test when i.i.d.)",
+            Measure("baseline/bn", "train"),
+            Measure("noniid/bn", "train"),
+            at_least=5.0,
+        ),
+        Prediction(
+            "BN trained on non-i.i.d. groups is better with μ_B and σ_B of such groups in test (paper: 9.5)",
+            Measure("noniid/bn", "test", "batch"),
+            Measure("noniid/bn"),
+            at_least=5.0,
+        ),
+        Prediction(
+            "Halves: groups made i.i.d. again mend BN (paper: 10.4)",
+            Measure("halves/bn"),
+            Measure("noniid/bn"),
+            at_least=4.0,
+        ),
+        Prediction(
+            "Learning rate 1: BRN with the ramp is as good as BN",
+            Measure("blowup/brn"),
+            Measure("blowup/bn"),
+            within=3.0,
+        ),
+        Prediction(
+            "Learning rate 1: moving averages alone blow up",
+            Measure("blowup/bn"),
+            Measure("blowup/moving-average"),
+            at_least=50.0,
+        ),
+        Prediction(
+            "Learning rate 1: BRN unclipped from step 0 blows up",
+            Measure("blowup/brn"),
+            Measure("blowup/brn-unclipped"),
+            at_least=50.0,
+        ),
+    ),
+    chosen=(
+        "Depth, width, learning rate, weight decay and the kind of non-i.i.d. groups were chosen on validation "
+        "images, for showing the effects in minutes; what was tried is in LOG.md. The clipping schedule and α follow "
+        "the paper, as fractions of the training. Test images were not looked at before the settings were fixed. The "
+        "predictions were written with validation results in view, and before any test accuracy had been computed."
+    ),
+    caveats=(
+        "Small: a fully connected net on 1,000 images of 8 × 8 pixels, joined to pairs. It shows that the effects of "
+        "the paper exist and in which direction, not how large they are on ImageNet.",
+        "The non-i.i.d. groups are harsher than the paper's 16 labels × 2 images of 1,000 classes. With 100 classes "
+        "that is i.i.d. in practice, and BN loses nothing. How much BN loses grows with depth and learning rate, and "
+        "shrinks with the number of labels in a group.",
+        "The paper's BN does better with the statistics of non-i.i.d. test minibatches than with moving averages: it "
+        "has learned to use what a group betrays of its labels. Here, with 4 labels in a group, its statistics rather "
+        "hide the labels, and BN does worse with them; validation images had shown this before the run. So the damage "
+        "is the paper's, training unlike inference, but the direction of this one comparison is not.",
+        "In groups of 4 BRN recovers a part of what BN loses, not all. A normaliser that does not use the minibatch "
+        "has no such loss: see LayerNorm, which was not tuned.",
+        "The blow-up of moving averages was sought at a high learning rate, where the paper's argument bites; at a low "
+        "one, in shallower nets, they can train well.",
+        "The paper averaged the parameters over time for evaluation and trained with RMSProp; "
+        "here SGD with a cosine schedule, and no averaging of parameters.",
+        "The paper's numbers are single runs without error bars, the best of a curve; ours are the last of theirs.",
+    ),
 )
 
 smoke = replace(

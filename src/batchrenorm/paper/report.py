@@ -83,12 +83,18 @@ def page(preset: Preset, summary: dict[str, Any], records: list[dict[str, Any]])
         for title, caption, key, scale, unit in (
             (
                 "r clipped",
-                "Fraction of r outside its limits, BRN arms; 100 % in the warm-up, which is batch norm.",
+                "Fraction of r outside its limits, which open until 31 % of the steps; BRN arms, one minibatch a seed.",
                 "r_clipped",
                 100,
                 "%",
             ),
-            ("d clipped", "Fraction of d outside its limits.", "d_clipped", 100, "%"),
+            (
+                "d clipped",
+                "Fraction of d outside its limits, which open until 19 % of the steps.",
+                "d_clipped",
+                100,
+                "%",
+            ),
             ("Mean r", "After clipping; near 1 if σ is the mean of σ_B.", "r_mean", 1, ""),
             (
                 "Mean size of d",
@@ -147,7 +153,7 @@ def _settings(preset: Preset, records: list[dict[str, Any]]) -> list[tuple[str, 
                 (
                     arm.name,
                     f"{sampling}; minibatch {c['batch_size']}, normalised in groups of {c['group']}; "
-                    f"{c['steps']} steps, learning rate {c['learning_rate']:g}; "
+                    f"{c['steps']} steps, learning rate {c['learning_rate']:g}, weight decay {c['weight_decay']:g}; "
                     f"{statistics.fmean(seconds[arm.name]):.1f} s a training",
                 )
             )
@@ -213,6 +219,12 @@ def _draw(title: str, lines: list[_Line], unit: str) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.grid(color=_GRID, linewidth=0.6)
         axes.set_axisbelow(True)
+        if unit == "%":
+            # A fraction that stays at 0 is a result, not a range of rounding errors.
+            axes.set_ylim(-2.0, max(5.0, axes.get_ylim()[1]))
+        if unit.startswith("%"):
+            # A little room below 0, or a curve that lies there could not be seen.
+            axes.set_ylim(max(-2.0, axes.get_ylim()[0]), min(101.0, axes.get_ylim()[1]))
         axes.spines[["top", "right"]].set_visible(False)
         file = io.StringIO()
         canvas.savefig(
@@ -248,6 +260,7 @@ table { border-collapse: collapse; width: 100%; max-width: 60rem; font-variant-n
 th, td { text-align: right; padding: 0.35rem 0 0.35rem 0.9rem; border-bottom: 1px solid var(--line);
   vertical-align: top; font-weight: normal; }
 th:first-child { text-align: left; padding-left: 0; }
+td { white-space: nowrap; }
 thead th { color: var(--soft); font-size: 0.875rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 1.6rem 2rem; }
 figure { margin: 0; min-width: 0; }
@@ -257,14 +270,14 @@ svg { display: block; width: 100%; height: auto; }
 .keys span { display: inline-block; width: 1.6rem; border-top: 3px solid; margin-right: 0.4rem;
   vertical-align: middle; }
 .held { color: var(--good); } .did-not-hold { color: var(--bad); }
-.settings td { text-align: left; }
+.settings td { text-align: left; white-space: normal; }
 @media (max-width: 40rem) {
   table { font-size: 0.875rem; }
   .stacked thead { display: none; }
   .stacked tr { display: block; border-bottom: 1px solid var(--line); padding: 0.45rem 0; }
-  .stacked th, .stacked td { display: inline; border: 0; padding: 0; }
+  .stacked th, .stacked td { display: inline; white-space: normal; border: 0; padding: 0; }
   .stacked th { display: block; }
-  .stacked td + td::before { content: "· "; color: var(--soft); }
+  .stacked td + td::before { content: " · "; color: var(--soft); }
 }
 """
 
@@ -280,9 +293,11 @@ Batch-Normalized Models” (2017), at a scale of minutes. The arms differ in the
 together; data, seeds, initial weights and minibatches are the same. {held}</p>
 
 <h2>Results</h2>
-<table><thead><tr><th></th><th>ours, %</th><th>n</th><th>paper, %</th></tr></thead><tbody>{results}</tbody></table>
+<table class="results"><thead><tr><th></th><th>ours, %</th><th>n</th><th>paper, %</th></tr></thead>
+<tbody>{results}</tbody></table>
 <p class="soft">Ours: accuracy at the end of training, on test images that were looked at once, unless the row says
-training images; inference by moving averages unless it says μ_B and σ_B; mean ± standard deviation over n seeds.
+training images; inference by moving averages unless it says μ_B and σ_B; mean ± standard deviation over n seeds;
+0.0 where the outputs were no longer finite numbers.
 Paper: Inception-v3 on ImageNet, single runs, the best of a curve; compare differences, not levels.</p>
 
 <h2>Predicted before the run</h2>

@@ -61,7 +61,10 @@ def train(
     steps = arm.steps or preset.steps
     model = build(preset, arm, data, seed)
     optimizer = torch.optim.SGD(
-        [p for p in model.parameters() if p.requires_grad], lr=arm.learning_rate or preset.learning_rate, momentum=0.9
+        [p for p in model.parameters() if p.requires_grad],
+        lr=arm.learning_rate or preset.learning_rate,
+        momentum=0.9,
+        weight_decay=preset.weight_decay,
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     looked_at = {max(1, round(steps * k / preset.evaluations)) for k in range(1, preset.evaluations + 1)}
