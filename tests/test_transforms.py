@@ -96,23 +96,24 @@ def test_double_backward_of_a_gradient_penalty() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_double_backward_of_atens_backend_is_right_or_an_error() -> None:
-    """Small tensors go through torch's own differentiable batch norm, large ones through a node that refuses."""
-    for n, ok in ((4, True), (2**15, False)):
-        torch.manual_seed(0)
-        x = torch.randn(n, 3, dtype=torch.double, requires_grad=True)
-        mean, var = torch.randn(3, dtype=torch.double), torch.rand(3, dtype=torch.double) + 0.5
-        second = []
-        for backend in ("decomposed", "aten"):
-            y = brn.batch_renorm(x, mean.clone(), var.clone(), training=True, backend=backend)
-            (dx,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
-            if backend == "aten" and not ok:
-                with pytest.raises(RuntimeError, match="once_differentiable"):
-                    (dx**2).sum().backward()
-            else:
-                second.append(torch.autograd.grad((dx**2).sum(), x)[0])
-        if ok:
-            torch.testing.assert_close(second[1], second[0], rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize("n", [5, 2**15], ids=["small", "large"])
+@pytest.mark.parametrize("microbatch_size", [None, 3])
+def test_double_backward_of_atens_backend(n: int, microbatch_size: int | None) -> None:
+    """Small tensors go through torch's own differentiable batch norm, large ones through a node written in Python."""
+    x = torch.randn(n, 3, dtype=torch.double, requires_grad=True)
+    mean, var = torch.randn(3, dtype=torch.double), torch.rand(3, dtype=torch.double) + 0.5
+    weight, bias, u = torch.randn(3, 3, dtype=torch.double).requires_grad_().unbind()
+    cotangent = torch.randn_like(x)
+    second = []
+    for backend in ("decomposed", "aten"):
+        y = brn.batch_renorm(
+            x, mean.clone(), var.clone(), weight, bias, training=True, backend=backend, microbatch_size=microbatch_size
+        )
+        # A cotangent that needs no gradient, so that only the dependence on x and weight is left.
+        dx, dweight = torch.autograd.grad(y, (x, weight), cotangent, create_graph=True)
+        second.append(torch.autograd.grad((dx**2).sum() + (dweight * u).sum(), (x, weight)))
+    for a, b in zip(*second, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own

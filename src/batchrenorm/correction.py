@@ -114,7 +114,8 @@ def _used_averages(
     mean, std = mu_B, sigma_B
     if share is not None:
         share = share.to(mu_B.dtype)
-        mean, std = (share @ v.view(share.shape[0], -1) for v in (mean, std))
+        # Not a matrix product, which autocast would round.
+        mean, std = ((share[:, None] * v.view(len(share), -1)).sum(0) for v in (mean, std))
     elif mu_B.ndim == 2:
         mean, std = mu_B.mean(0), sigma_B.mean(0)
     if torch._C._current_graph_task_id() != -1:
@@ -150,9 +151,12 @@ def _move(
         # v - eps, but never below 0, where rounding could take it if the channel is constant.
         torch._C._nn.softshrink(new_var, eps, out=running_var)  # type: ignore[call-arg]
     else:
-        finite = mean.isfinite() & std.isfinite()
-        running_mean.copy_(torch.where(finite, torch.lerp(mu, mean, alpha), mu))
-        running_var.copy_(torch.where(finite, F.softshrink(new_var, eps), running_var))
+        # After rounding to the averages' dtype: sigma² of 300² is too much for float16.
+        new_mean = torch.lerp(mu, mean, alpha).to(running_mean.dtype)
+        new_var = F.softshrink(new_var, eps).to(running_var.dtype)
+        finite = new_mean.isfinite() & new_var.isfinite()
+        running_mean.copy_(torch.where(finite, new_mean, running_mean))
+        running_var.copy_(torch.where(finite, new_var, running_var))
     if step is not None:
         step.add_(1)
 

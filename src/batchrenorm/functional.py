@@ -2,12 +2,10 @@
 
 The path of one tensor through a training step:
 
-    x (N, C, *)  ->  microbatches become channels (M, G*C, *)        no copy when there is one
-                 ->  backend.moments: mean, var (G*C,)               first heavy pass
-                 ->  correction.correct: r, d (G, C), new averages   the paper, on vectors
-                 ->  backend.affine                                  second heavy pass
-                 ->  channels become microbatches again
-    and last, when nothing can fail any more, the averages are written.
+    x (N, C, *)  ->  backend.moments: mean, var, std, (C,), or (G, C) of G microbatches     first heavy pass
+                 ->  correction.correct: r, d like them, and the move of the averages       the paper, on vectors
+                 ->  backend.affine                                                         second heavy pass
+    and last, when nothing can fail any more, the averages move.
 """
 
 from __future__ import annotations
@@ -64,7 +62,7 @@ def batch_renorm(
         microbatch_size: normalise consecutive groups of this many samples separately, each with its own r and d; the
             averages move once, by the mean over the groups. The last group may be smaller. Ignored in inference.
         mask: bool, ``(N, *spatial)``, True = a real element. Only real elements enter the statistics; the others are
-            mapped like them (what is not finite there counts as 0). Ignored in inference.
+            mapped like them (what is not finite there counts as 0). Ignored in inference by averages.
         process_group: statistics over all replicas; not available yet.
         backend: "aten" or "decomposed"; None chooses.
 
@@ -123,111 +121,62 @@ def renormalize(
     layer: Tensor | None = None,
 ) -> Tensor:
     """`batch_renorm` with the layer's counter of training forwards, and the tensor that names its history."""
-    C = _check_tensors(x, running_mean, running_var, weight, bias)
+    _check_tensors(x, running_mean, running_var, weight, bias)
     check_settings(alpha, eps, r_max, d_max, microbatch_size, process_group, backend)
     if mask is not None:
         _check_mask(mask, x)
-    if not training:
+    if not training and running_mean is not None and running_var is not None:
         return _inference(x, running_mean, running_var, weight, bias, eps)
 
-    N = x.shape[0]
-    size = N if microbatch_size is None else min(microbatch_size, N)
+    # Without averages inference is batch norm on the minibatch, all of it.
+    size = min(microbatch_size, x.shape[0]) if training and microbatch_size is not None else x.shape[0]
     _check_values_per_channel(x, size)
+    if running_mean is None and mask is None and size == x.shape[0]:
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
     plain = is_plain_eager(x)
     if backend:
         passes = BACKENDS[backend]
     else:
         passes = aten if plain and mask is None and (x.is_cpu or x.is_cuda) else decomposed
     share = None
-    if mask is None:
-        parts = [x] if size == N else _microbatches_to_channels(x, size)
-        moments = [passes.moments(part, eps) for part in parts]
-    else:
-        parts = _microbatches_to_channels(torch.where(mask.unsqueeze(1) | x.isfinite(), x, 0), size)
-        masks = _microbatches_to_channels(mask.unsqueeze(1).expand_as(x), size)
-        moments = [passes.moments(part, eps, m) for part, m in zip(parts, masks)]
+    if mask is not None:
+        x = torch.where(mask.unsqueeze(1) | x.isfinite(), x, 0)
         share = _share_of_microbatches(mask, size)
 
-    mean, _, std = moments[0] if len(parts) == 1 else (torch.cat(vectors) for vectors in zip(*moments))
-    if size != N:
-        mean, std = mean.view(-1, C), std.view(-1, C)
-    move = None
+    moments = mean, _, std = passes.moments(x, eps, size, mask)
     if running_mean is None or running_var is None:
-        r, d = torch.ones_like(mean), torch.zeros_like(mean)
-    else:
-        r, d, move = correct(
-            mean.detach() if mean.requires_grad else mean,
-            std.detach() if std.requires_grad else std,
-            running_mean,
-            running_var,
-            step,
-            share,
-            alpha=alpha,
-            eps=eps,
-            r_max=r_max,
-            d_max=d_max,
-            layer=running_mean if layer is None else layer,
-            plain=plain,
-        )
-
-    if len(parts) == 1:
-        outputs = [passes.affine(parts[0], moments[0], eps, r, d, weight, bias)]
-    else:  # the last microbatch is smaller, so it is a part by itself
-        rs, ds = (v.split([v.shape[0] - 1, 1]) for v in (r, d))
-        outputs = [passes.affine(*part, eps, *rd, weight, bias) for part, rd in zip(zip(parts, moments), zip(rs, ds))]
-    y = outputs[0] if size == N else _channels_to_microbatches(outputs, C)
-
-    if move is not None:
-        move()
+        return passes.affine(x, moments, eps, torch.ones_like(mean), torch.zeros_like(mean), weight, bias, size)
+    r, d, move = correct(
+        mean.detach() if mean.requires_grad else mean,
+        std.detach() if std.requires_grad else std,
+        running_mean,
+        running_var,
+        step,
+        share,
+        alpha=alpha,
+        eps=eps,
+        r_max=r_max,
+        d_max=d_max,
+        layer=running_mean if layer is None else layer,
+        plain=plain,
+    )
+    y = passes.affine(x, moments, eps, r, d, weight, bias, size)
+    move()
     return y
 
 
 def _inference(
     x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    if running_mean is None or running_var is None:
-        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
     if torch.is_grad_enabled() and is_plain_eager(x) and not torch.jit.is_tracing():  # type: ignore[attr-defined]
         # Autograd keeps the averages; a training forward before the backward would write over them.
         running_mean, running_var = running_mean.clone(), running_var.clone()
     return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
-
-
-# Microbatches. A microbatch is a batch of its own with its own C channels: (G*m, C, *) -> (m, G*C, *). Everything
-# between these two functions is batch norm of more channels. Each is one copy when G > 1, a view when G = 1.
-
-
-def _microbatches_to_channels(x: Tensor, size: int) -> list[Tensor]:
-    whole = x.shape[0] // size * size
-    parts = [x] if whole == x.shape[0] else [x[:whole], x[whole:]]
-    return [_fold(part, size) if part.shape[0] > size else part for part in parts]
-
-
-def _channels_to_microbatches(parts: list[Tensor], C: int) -> Tensor:
-    parts = [_unfold(part, C) if part.shape[1] > C else part for part in parts]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _fold(x: Tensor, size: int) -> Tensor:
-    if _is_channels_last(x):
-        return x.movedim(1, -1).unflatten(0, (-1, size)).movedim(0, -2).flatten(-2).movedim(-1, 1)
-    return x.unflatten(0, (-1, size)).transpose(0, 1).flatten(1, 2)
-
-
-def _unfold(x: Tensor, C: int) -> Tensor:
-    if _is_channels_last(x):
-        return x.movedim(1, -1).unflatten(-1, (-1, C)).movedim(-2, 0).flatten(0, 1).movedim(-1, 1)
-    return x.unflatten(1, (-1, C)).transpose(0, 1).flatten(0, 1)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.ndim in formats and not x.is_contiguous() and x.is_contiguous(memory_format=formats[x.ndim])
 
 
 def _share_of_microbatches(mask: Tensor, size: int) -> Tensor:
@@ -242,7 +191,7 @@ def _share_of_microbatches(mask: Tensor, size: int) -> Tensor:
 
 def _check_tensors(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None
-) -> int:
+) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"expected x to be a torch.Tensor, got {type(x).__name__}; convert it with torch.as_tensor")
     if not x.is_floating_point():
@@ -269,7 +218,6 @@ def _check_tensors(
                 f"expected {name} of shape ({C},) for x of shape {tuple(x.shape)}, got {tuple(vector.shape)}; "
                 "channels are dimension 1 of x"
             )
-    return C
 
 
 def check_settings(

@@ -37,9 +37,9 @@ class LabelGroupBatchSampler(Sampler[list[int]]):
 
     Example:
         >>> labels = [0] * 5 + [1] * 5 + [2] * 5
-        >>> sampler = LabelGroupBatchSampler(labels, labels_per_batch=2, images_per_label=3, num_batches=4, seed=1)
+        >>> sampler = LabelGroupBatchSampler(labels, labels_per_batch=2, images_per_label=3, num_batches=4)
         >>> [[labels[i] for i in batch] for batch in sampler][0]
-        [0, 0, 0, 0, 0, 0]
+        [2, 2, 2, 0, 0, 0]
 
     Source: section 4.3.
     """

@@ -99,17 +99,19 @@ class ClipSchedule:
             ``(r_max, d_max)``: 0-d float64 tensors (float32 where the device has no float64) on the device of ``step``,
             computed without a host sync; for an int, floats.
         """
-        r = 1.0 + (self.r_max - 1.0) * _ramp(step, self.warmup, self.r_full)
-        d = self.d_max * _ramp(step, self.warmup, self.d_full)
+        r = 1.0 + _ramp(step, self.warmup, self.r_full, self.r_max - 1.0)
+        d = _ramp(step, self.warmup, self.d_full, self.d_max)
         return r, d  # type: ignore[return-value]
 
 
-def _ramp(step: Tensor | int, start: int, end: int) -> Tensor | float:
+def _ramp(step: Tensor | int, start: int, end: int, height: float) -> Tensor | float:
     # 0 while step <= start, so that the last batch-norm step is number `warmup`; start == end is a jump at once.
     if isinstance(step, Tensor):
         t = as_real(step)
-        return ((t - start) / (end - start)).clamp(0.0, 1.0) if end > start else (t >= end).to(t.dtype)
-    return min(max((step - start) / (end - start), 0.0), 1.0) if end > start else float(step >= end)
+        part = ((t - start) / (end - start)).clamp(0.0, 1.0) if end > start else (t >= end).to(t.dtype)
+        return torch.where(part > 0, part * height, 0.0)  # and not 0 * inf where there is no limit
+    fraction = min(max((step - start) / (end - start), 0.0), 1.0) if end > start else float(step >= end)
+    return fraction * height if fraction else 0.0
 
 
 def as_real(step: Tensor) -> Tensor:

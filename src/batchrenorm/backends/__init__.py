@@ -1,13 +1,14 @@
 """Ordinary batch norm in two heavy passes; no file in here knows what Batch Renormalization is for.
 
-Every backend is a module with the same two functions, on x of shape ``(M, K, *spatial)``:
+Every backend is a module with the same two functions. Consecutive groups of ``size`` samples of x, ``(N, C, *spatial)``
+are normalised by themselves (the last may be smaller); with ``size >= N`` there is one group. A statistic is a vector
+``(C,)`` where there is one group and ``(G, C)`` where there are more.
 
-``moments(x, eps, mask) -> (mean, var, std)``
-    biased, per channel, ``(K,)``, in float32 (float64 for float64 x); ``std = sqrt(var + eps)``.
-``affine(x, moments, eps, scale, shift, weight, bias) -> y``
+``moments(x, eps, size, mask) -> (mean, var, std)``
+    biased, in float32 (float64 for float64 x); ``std = sqrt(var + eps)``.
+``affine(x, moments, eps, scale, shift, weight, bias, size) -> y``
     ``y = weight * ((x - mean) / std * scale + shift) + bias``, differentiable in x (through mean and std as well, as in
-    batch norm), weight and bias; scale and shift are constants. They are ``(C,)``, or ``(G, C)`` with ``K = G * C``:
-    the G groups of channels have one weight and bias ``(C,)`` in common.
+    batch norm), weight and bias, ``(C,)``. Scale and shift, shaped like the statistics, are constants.
 """
 
 from torch import Tensor

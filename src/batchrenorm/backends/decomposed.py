@@ -8,16 +8,21 @@ from torch import Tensor
 from . import Moments
 
 
-def moments(x: Tensor, eps: float, mask: Tensor | None = None) -> Moments:
+def moments(x: Tensor, eps: float, size: int, mask: Tensor | None = None) -> Moments:
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    dims = [0, *range(2, x.ndim)]
-    if mask is None:
-        var, mean = torch.var_mean(x, dims, correction=0)
+    if mask is not None:
+        mask = mask.unsqueeze(1).expand_as(x)
+    if size >= x.shape[0]:
+        mean, var = _mean_var(x, mask, [0, *range(2, x.ndim)])
+    elif x.shape[0] % size == 0:
+        mean, var = _mean_var(*_grouped(size, x, mask), [1, *range(3, x.ndim + 1)])
     else:
-        count = mask.sum(dims).clamp(min=1)
-        mean = torch.where(mask, x, 0).sum(dims) / count
-        deviation = torch.where(mask, x - _like(x, mean), 0)
-        var = (deviation * deviation).sum(dims) / count
+        whole = x.shape[0] // size * size
+        groups = _mean_var(
+            *_grouped(size, x[:whole], None if mask is None else mask[:whole]), [1, *range(3, x.ndim + 1)]
+        )
+        last = _mean_var(x[whole:], None if mask is None else mask[whole:], [0, *range(2, x.ndim)])
+        mean, var = (torch.cat([v, w.unsqueeze(0)]) for v, w in zip(groups, last))
     return mean, var, (var + eps).sqrt()
 
 
@@ -29,8 +34,10 @@ def affine(
     shift: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    size: int,
 ) -> Tensor:
     mean, _, std = moments
+    scale = scale / std
     if weight is not None:
         weight = weight.to(mean.dtype)
         scale, shift = scale * weight, shift * weight
@@ -38,9 +45,28 @@ def affine(
         shift = shift + bias.to(mean.dtype)
     # x - mean before the product: with x * scale + (shift - mean * scale) the gradient of scale would be a difference
     # of two sums of size mean/std, which loses every digit at an offset of 1e4.
-    y = (x.to(mean.dtype) - _like(x, mean)) * _like(x, scale.flatten() / std) + _like(x, shift.flatten())
+    y = (x.to(mean.dtype) - _like(x, mean, size)) * _like(x, scale, size) + _like(x, shift, size)
     return y.to(x.dtype)
 
 
-def _like(x: Tensor, vector: Tensor) -> Tensor:
-    return vector.view(1, -1, *[1] * (x.ndim - 2))
+def _mean_var(x: Tensor, mask: Tensor | None, dims: list[int]) -> tuple[Tensor, Tensor]:
+    if mask is None:
+        var, mean = torch.var_mean(x, dims, correction=0)
+        return mean, var
+    count = mask.sum(dims, keepdim=True).clamp(min=1)
+    mean = torch.where(mask, x, 0).sum(dims, keepdim=True) / count
+    deviation = torch.where(mask, x - mean, 0)
+    return mean.squeeze(dims), ((deviation * deviation).sum(dims, keepdim=True) / count).squeeze(dims)
+
+
+def _grouped(size: int, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return x.unflatten(0, (-1, size)), None if mask is None else mask.unflatten(0, (-1, size))
+
+
+def _like(x: Tensor, vector: Tensor, size: int) -> Tensor:
+    spatial = [1] * (x.ndim - 2)
+    if vector.ndim == 1:
+        return vector.view(1, -1, *spatial)
+    # (G, C) -> (N, C): every sample has its group's
+    samples = vector.unsqueeze(1).expand(-1, size, -1).reshape(-1, vector.shape[1])
+    return samples[: x.shape[0]].view(x.shape[0], -1, *spatial)

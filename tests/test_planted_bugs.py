@@ -1,0 +1,283 @@
+"""Tests that cannot fail prove nothing: each bug below is planted into a copy of the library, and a test must fail.
+
+Most are bugs of published implementations. A bug is a text of the source and what it is replaced by; when the source
+moves on, the text is not found any more and this file says so.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+class Bug(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str  # the test, or tests, that must fail
+
+
+EXACT, IDENTITY, STATE = "test_exact.py::", "test_identities.py::", "test_state.py::"
+SHAPES = EXACT + "test_shapes"
+
+BUGS = [
+    Bug(
+        "epsilon outside the root",
+        "backends/aten.py",
+        "(var + as_tensor(eps)).sqrt_()",
+        "var.sqrt() + as_tensor(eps)",
+        SHAPES,
+    ),
+    Bug(
+        "epsilon twice in inference",
+        "functional.py",
+        "F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)",
+        "F.batch_norm(x, running_mean, running_var + eps, weight, bias, False, 0.0, eps)",
+        IDENTITY + "test_unclipped_layer_in_training_is_the_layer_in_inference",
+    ),
+    Bug(
+        "Bessel's correction in the running variance",
+        "correction.py",
+        "new_var = torch.lerp(sigma, std, alpha).square_()",
+        "new_var = torch.lerp(sigma, std * (8 / 7) ** 0.5, alpha).square_()",
+        IDENTITY + "test_sigma_averages_the_standard_deviation",
+    ),
+    Bug(
+        "average of the variance, not of the standard deviation",
+        "correction.py",
+        "new_var = torch.lerp(sigma, std, alpha).square_()",
+        "new_var = torch.lerp(sigma * sigma, std * std, alpha)",
+        IDENTITY + "test_sigma_averages_the_standard_deviation",
+    ),
+    Bug(
+        "r and d from averages that have moved already",
+        "correction.py",
+        "    mu = running_mean.to(mean.dtype)\n",
+        "    mu = torch.lerp(running_mean.to(mean.dtype), mean, 0.01)\n",
+        IDENTITY + "test_unclipped_training_is_inference",
+    ),
+    Bug(
+        "gradient through r and d",
+        "functional.py",
+        "mean.detach() if mean.requires_grad else mean",
+        "mean.clone()",
+        IDENTITY + "test_no_gradient_through_r_and_d",
+    ),
+    Bug(
+        "r without its lower limit",
+        "correction.py",
+        ".clamp_(1 / use.r_max, use.r_max)",
+        ".clamp_(max=use.r_max)",
+        STATE + "test_limits_hold_for_ever",
+    ),
+    Bug(
+        "d without its limits",
+        "correction.py",
+        ".clamp_(-use.d_max, use.d_max)",
+        "",
+        STATE + "test_limits_hold_for_ever",
+    ),
+    Bug(
+        "a warm-up factor that goes on growing",
+        "schedule.py",
+        "fraction = min(max((step - start) / (end - start), 0.0), 1.0)",
+        "fraction = max((step - start) / (end - start), 0.0)",
+        STATE + "test_papers_schedule",
+    ),
+    Bug(
+        "the schedule one step early",
+        "modules.py",
+        "self.clip(t if isinstance(self.clip, ClipSchedule) else step)",
+        "self.clip(t + 1 if isinstance(self.clip, ClipSchedule) else step)",
+        EXACT + "test_modules",
+    ),
+    Bug(
+        "one r and d for all microbatches",
+        "correction.py",
+        "    r = (sigma_B / use.sigma)",
+        "    sigma_B, mu_B = use.std.expand_as(sigma_B), use.mean.expand_as(mu_B)\n    r = (sigma_B / use.sigma)",
+        EXACT + "test_microbatches",
+    ),
+    Bug(
+        "the gradient of weight without d",
+        "backends/aten.py",
+        "gw = (gw * scale).addcmul_(gb, shift)",
+        "gw = gw * scale",
+        SHAPES,
+    ),
+    Bug(
+        "variance as E[x²] - E[x]²",
+        "backends/decomposed.py",
+        "var, mean = torch.var_mean(x, dims, correction=0)",
+        "mean = x.mean(dims); var = ((x * x).mean(dims) - mean * mean).clamp(min=0)",
+        EXACT + "test_large_offset",
+    ),
+    Bug(
+        "statistics of half input in half",
+        "backends/aten.py",
+        "torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0)",
+        "(v.float() for v in torch.batch_norm_update_stats(x, None, None, 0.0))",
+        EXACT + "test_statistics_of_half_input_are_float32",
+    ),
+    Bug(
+        "half in, float32 out",
+        "backends/decomposed.py",
+        "return y.to(x.dtype)",
+        "return y",
+        EXACT + "test_dtype_and_memory_format_are_the_inputs",
+    ),
+    Bug(
+        "channels_last lost by microbatches",
+        "backends/aten.py",
+        "return y.contiguous(memory_format=torch._prims_common.suggest_memory_format(x))",
+        "return y",
+        EXACT + "test_dtype_and_memory_format_are_the_inputs",
+    ),
+    Bug(
+        "padding in the statistics",
+        "backends/decomposed.py",
+        "deviation = torch.where(mask, x - mean, 0)",
+        "deviation = x - mean",
+        EXACT + "test_masks",
+    ),
+    Bug(
+        "an overflow in the averages",
+        "correction.py",
+        "math.isfinite(mean.dot(std).item())",
+        "True",
+        "test_errors.py::test_not_finite_shows_in_y_and_not_in_the_averages",
+    ),
+    Bug(
+        "averages moved before the output is certain",
+        "functional.py",
+        "    _check_values_per_channel(x, size)\n",
+        "    running_mean is None or running_mean.add_(1.0)\n    _check_values_per_channel(x, size)\n",
+        "test_errors.py::test_bad_call",
+    ),
+    Bug(
+        "recomputation with the averages of now",
+        "correction.py",
+        "if torch._C._current_graph_task_id() != -1:",
+        "if False:",
+        "test_recompute.py::test_checkpointing_changes_no_bit",
+    ),
+    Bug(
+        "averages moved again by a recomputation",
+        "correction.py",
+        "        if use.repeated:\n            return r, d, _stay\n",
+        "",
+        "test_recompute.py::test_checkpointing_changes_no_bit",
+    ),
+    Bug(
+        "only the last forward remembered",
+        "correction.py",
+        "PENDING_FORWARDS = 64",
+        "PENDING_FORWARDS = 1",
+        "test_recompute.py::test_checkpointing_changes_no_bit",
+    ),
+    Bug(
+        "equal minibatches confused",
+        "correction.py",
+        "ranks = torch.tensor(_ranks(entries))",
+        "ranks = torch.arange(len(entries))",
+        "test_recompute.py::test_equal_inputs_forwarded_twice_are_told_apart",
+    ),
+    Bug(
+        "a recomputation that repeats nothing goes unnoticed",
+        "correction.py",
+        "_TOLERANCE = 2e-3",
+        "_TOLERANCE = math.inf",
+        "test_recompute.py::test_unmatched_recomputation_is_an_error",
+    ),
+    Bug(
+        "r and d recomputed in a compiled backward",
+        "correction.py",
+        "    if plain:\n",
+        "    if torch.compiler.is_compiling():\n"
+        "        mu, sigma = running_mean.to(mu_B.dtype), (running_var.to(mu_B.dtype) + eps).sqrt()\n"
+        "        use = _Use(mu_B, sigma_B, mu, sigma, r_max, d_max, False)\n"
+        "        r, d = (sigma_B / sigma).clamp(1 / r_max, r_max), ((mu_B - mu) / sigma).clamp(-d_max, d_max)\n"
+        "        def compiled_move() -> None:\n"
+        "            running_mean.copy_(torch.lerp(mu, mu_B, alpha))\n"
+        "            running_var.copy_(torch.lerp(sigma, sigma_B, alpha) ** 2 - eps)\n"
+        "            step.add_(1)\n"
+        "        return r, d, compiled_move\n"
+        "    if plain:\n",
+        "test_compile.py::test_gradients_equal_eager_while_the_limits_move[nchw-aot_eager]",
+    ),
+    Bug(
+        "a compiled checkpoint that saves the buffers",
+        "correction.py",
+        'saved.meta["recompute"] = CheckpointPolicy.MUST_SAVE',
+        "pass",
+        "test_recompute.py::test_checkpointing_inside_and_around_compiled_parts"
+        "[aot_eager-plain-inside-none-around-(0, 1)]",
+    ),
+    Bug(
+        "a statistic of other channels' rounding",
+        "backends/aten.py",
+        "return torch.where(precise, mean, by_aten[0]), torch.where(precise, var, by_aten[1])",
+        "return by_aten",
+        "test_errors.py::test_not_finite_shows_in_y_and_not_in_the_averages",
+    ),
+    Bug(
+        "a fast variance without its gate",
+        "backends/aten.py",
+        "precise = mean * mean <= 4.0 * var",
+        "precise = mean == mean",
+        EXACT + "test_large_offset",
+    ),
+    Bug(
+        "the counter not in the state",
+        "modules.py",
+        "torch.zeros((), dtype=torch.long, device=device) if tracked else None\n",
+        "torch.zeros((), dtype=torch.long, device=device) if tracked else None, persistent=False\n",
+        STATE + "test_keys_shapes_and_dtypes_are_batch_norms",
+    ),
+    Bug(
+        "a subclass that does more converted all the same",
+        "convert.py",
+        "renorm = _RENORM.get(type(layer))",
+        "renorm = next((_RENORM[c] for c in type(layer).__mro__ if c in _RENORM), None)",
+        "test_convert.py::test_what_does_more_is_left_alone_and_named",
+    ),
+    Bug(
+        "labels drawn without replacement",
+        "samplers.py",
+        "torch.randint(len(self._images), (self.labels_per_batch,), generator=generator)",
+        "torch.randperm(len(self._images), generator=generator)[: self.labels_per_batch]",
+        "test_samplers.py::test_sixteen_labels_twice",
+    ),
+]
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name.replace(" ", "-"))
+def test_planted_bug_is_found(bug: Bug, tmp_path: Path) -> None:
+    shutil.copytree(
+        ROOT / "src" / "batchrenorm", tmp_path / "batchrenorm", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    planted = tmp_path / "batchrenorm" / bug.file
+    source = planted.read_text()
+    assert source.count(bug.old) == 1, f"the source of {bug.name!r} has moved on"
+    planted.write_text(source.replace(bug.old, bug.new))
+    run = subprocess.run(
+        # The first failure is enough. Warnings are not the point here, and the plugin of xdist not wanted.
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", bug.test],
+        cwd=ROOT / "tests",
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    # 1 is "some test failed"; 2 to 5 would be a broken run, a wrong test name, or no test.
+    assert run.returncode == 1, run.stdout[-3000:] + run.stderr[-2000:]
+    assert "failed" in run.stdout.splitlines()[-1]
