@@ -61,8 +61,8 @@ BUGS = [
     Bug(
         "r and d from averages that have moved already",
         "correction.py",
-        "    mu = running_mean.to(mean.dtype)\n",
-        "    mu = torch.lerp(running_mean.to(mean.dtype), mean, 0.01)\n",
+        "    mu, var = running_mean, running_var\n",
+        "    mu, var = torch.lerp(running_mean, mean, 0.01), running_var\n",
         IDENTITY + "test_unclipped_training_is_inference",
     ),
     Bug(

@@ -120,8 +120,10 @@ def _used_averages(
         mean, std = mu_B.mean(0), sigma_B.mean(0)
     if torch._C._current_graph_task_id() != -1:
         return _Use(mean, std, *_history(layer).recall(mean, std), True)
-    mu = running_mean.to(mean.dtype)
-    sigma = (running_var.to(mean.dtype) + aten.as_tensor(eps)).sqrt_()
+    mu, var = running_mean, running_var
+    if mu.dtype != mean.dtype:
+        mu, var = mu.to(mean.dtype), var.to(mean.dtype)
+    sigma = (var + aten.as_tensor(eps)).sqrt_()
     # Saved-tensor hooks (the non-reentrant checkpoint) or no gradients (the reentrant one, compiled code): without
     # either, nothing can ask for this forward again.
     if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
@@ -158,7 +160,7 @@ def _move(
         running_mean.copy_(torch.where(finite, new_mean, running_mean))
         running_var.copy_(torch.where(finite, new_var, running_var))
     if step is not None:
-        step.add_(1)
+        step.add_(aten.as_tensor(1))
 
 
 def _history(layer: Tensor) -> _History:

@@ -265,9 +265,8 @@ def _check_mask(mask: Tensor, x: Tensor) -> None:
 
 
 def _check_values_per_channel(x: Tensor, size: int) -> None:
-    spatial = math.prod(x.shape[2:])
     last = x.shape[0] % size or size
-    if last * spatial == 1:
+    if last == 1 and math.prod(x.shape[2:]) == 1:
         where = "" if size == x.shape[0] else f", whose last microbatch of {size} holds {last} sample"
         raise ValueError(
             f"expected more than one value per channel in training, got x of shape {tuple(x.shape)}{where}; "
