@@ -47,15 +47,15 @@ BUGS = [
     Bug(
         "Bessel's correction in the running variance",
         "correction.py",
-        "new_var = torch.lerp(sigma, std, alpha).square_()",
-        "new_var = torch.lerp(sigma, std * (8 / 7) ** 0.5, alpha).square_()",
+        "torch.lerp(sigma, std, alpha).square_()",
+        "torch.lerp(sigma, std * (8 / 7) ** 0.5, alpha).square_()",
         IDENTITY + "test_sigma_averages_the_standard_deviation",
     ),
     Bug(
         "average of the variance, not of the standard deviation",
         "correction.py",
-        "new_var = torch.lerp(sigma, std, alpha).square_()",
-        "new_var = torch.lerp(sigma * sigma, std * std, alpha)",
+        "torch.lerp(sigma, std, alpha).square_()",
+        "torch.lerp(sigma * sigma, std * std, alpha)",
         IDENTITY + "test_sigma_averages_the_standard_deviation",
     ),
     Bug(

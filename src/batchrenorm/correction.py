@@ -70,17 +70,20 @@ def correct(
         r, d = _r_d(mu_B, sigma_B, use)
         if use.repeated:
             return r, d, _stay
-        return r, d, lambda: _move(running_mean, running_var, step, use, alpha, eps)
-    limits = torch.stack([_as_scalar(v, mu_B) for v in (alpha, r_max, d_max)])
-    r, d, new_mean, new_var, new_step = torch.ops.batchrenorm.correct(
-        mu_B, sigma_B, running_mean, running_var, step, share, limits, eps, layer
-    )
+        # All small operators in one go, before the second heavy pass takes the caches again.
+        new_mean, new_var = _moved(running_mean, running_var, use, alpha, eps)
+        new_step = None
+    else:
+        limits = torch.stack([_as_scalar(v, mu_B) for v in (alpha, r_max, d_max)])
+        r, d, new_mean, new_var, new_step = torch.ops.batchrenorm.correct(
+            mu_B, sigma_B, running_mean, running_var, step, share, limits, eps, layer
+        )
 
     def move() -> None:
         running_mean.copy_(new_mean)
         running_var.copy_(new_var)
         if step is not None:
-            step.copy_(new_step)
+            step.add_(aten.as_tensor(1)) if new_step is None else step.copy_(new_step)
 
     return r, d, move
 
@@ -138,29 +141,24 @@ def _r_d(mu_B: Tensor, sigma_B: Tensor, use: _Use) -> tuple[Tensor, Tensor]:
     return r, d
 
 
-def _move(
-    running_mean: Tensor, running_var: Tensor, step: Tensor | None, use: _Use, alpha: float | Tensor, eps: float
-) -> None:
-    """The averages after the step, written into the running tensors."""
+def _moved(
+    running_mean: Tensor, running_var: Tensor, use: _Use, alpha: float | Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The running tensors after the step."""
     mean, std, mu, sigma = use[:4]
     if isinstance(alpha, Tensor):
         alpha = alpha.to(mu.dtype)
-    new_var = torch.lerp(sigma, std, alpha).square_()
+    new_mean = torch.lerp(mu, mean, alpha)
+    # v - eps, but never below 0, where rounding could take it if the channel is constant.
+    new_var = F.softshrink(torch.lerp(sigma, std, alpha).square_(), eps)
     # A channel that overflowed must not poison the averages: a gradient scaler will skip this step. On the CPU one
     # number tells whether there is any such channel; elsewhere looking at it would wait for the device.
     if mean.is_cpu and running_mean.dtype == mean.dtype and math.isfinite(mean.dot(std).item()):
-        running_mean.lerp_(mean, alpha)
-        # v - eps, but never below 0, where rounding could take it if the channel is constant.
-        torch._C._nn.softshrink(new_var, eps, out=running_var)  # type: ignore[call-arg]
-    else:
-        # After rounding to the averages' dtype: sigma² of 300² is too much for float16.
-        new_mean = torch.lerp(mu, mean, alpha).to(running_mean.dtype)
-        new_var = F.softshrink(new_var, eps).to(running_var.dtype)
-        finite = new_mean.isfinite() & new_var.isfinite()
-        running_mean.copy_(torch.where(finite, new_mean, running_mean))
-        running_var.copy_(torch.where(finite, new_var, running_var))
-    if step is not None:
-        step.add_(aten.as_tensor(1))
+        return new_mean, new_var
+    # After rounding to the averages' dtype: sigma² of 300² is too much for float16.
+    new_mean, new_var = new_mean.to(running_mean.dtype), new_var.to(running_var.dtype)
+    finite = new_mean.isfinite() & new_var.isfinite()
+    return torch.where(finite, new_mean, running_mean), torch.where(finite, new_var, running_var)
 
 
 def _history(layer: Tensor) -> _History:
@@ -291,10 +289,13 @@ def _correct_op(
 ) -> tuple[Tensor, ...]:
     alpha, r_max, d_max = limits.unbind() if not limits.is_cpu else limits.tolist()
     use = _used_averages(mu_B, sigma_B, running_mean, running_var, share, eps, r_max, d_max, layer)
-    averages = running_mean.clone(), running_var.clone(), limits.new_empty(0) if step is None else step.clone()
-    if not use.repeated:
-        _move(*averages[:2], None if step is None else averages[2], use, alpha, eps)
-    return *_r_d(mu_B, sigma_B, use), *averages
+    if use.repeated:
+        new_mean, new_var = running_mean.clone(), running_var.clone()
+    else:
+        new_mean, new_var = _moved(running_mean, running_var, use, alpha, eps)
+    # An operator may not return its input.
+    new_step = limits.new_empty(0) if step is None else step + (0 if use.repeated else 1)
+    return *_r_d(mu_B, sigma_B, use), new_mean, new_var, new_step
 
 
 def _correct_fake(

@@ -131,7 +131,7 @@ def renormalize(
     # Without averages inference is batch norm on the minibatch, all of it.
     size = min(microbatch_size, x.shape[0]) if training and microbatch_size is not None else x.shape[0]
     _check_values_per_channel(x, size)
-    if running_mean is None and mask is None and size == x.shape[0]:
+    if running_mean is None and mask is None and size == x.shape[0] and backend is None:
         return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
     plain = is_plain_eager(x)
     if backend:

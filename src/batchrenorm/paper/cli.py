@@ -47,12 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = commands.add_parser("report", help="write the report of a run again, or print its table")
     report.add_argument("run", type=Path, metavar="RUN_DIR")
     report.add_argument("--markdown", action="store_true", help="print the result table in Markdown, and write nothing")
+    report.add_argument(
+        "--into", type=Path, metavar="FILE", help="put that table between the lines <!-- PRESET:begin/end --> of a file"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.command == "reproduce":
             _reproduce(options.preset, options.runs, options.seeds, options.workers, options.fresh)
         else:
-            _report(options.run, options.markdown)
+            _report(options.run, options.markdown, options.into)
     except (_Refused, ValueError, OSError) as error:
         print(f"batchrenorm: {error}", file=sys.stderr)
         return 2
@@ -101,14 +104,14 @@ def _reproduce(name: str, runs_dir: Path, seeds: int | None, workers: int | None
     _print(summary, preset, console, directory)
 
 
-def _report(directory: Path, markdown: bool) -> None:
+def _report(directory: Path, markdown: bool, into: Path | None) -> None:
     _need_extras()
     from rich.console import Console
 
     from . import report, runs
 
     path = directory / "results.jsonl"
-    if not path.exists():
+    if not runs.exists(path):
         raise _Refused(f"expected {path}, got nothing there; `batchrenorm reproduce` makes one, e.g. in runs/digits")
     results = runs.Results(path)
     if not results.records:
@@ -116,14 +119,27 @@ def _report(directory: Path, markdown: bool) -> None:
             f"expected finished runs in {path}, got none; `batchrenorm reproduce` goes on where it was stopped"
         )
     preset = _preset(results.records[0]["preset"])
-    results.missing(preset, 1)
-    if markdown:
+    results.check(preset, versions=False)
+    if markdown or into is not None:
         from .summary import summarize
 
-        print(report.markdown(preset, summarize(preset, results.records)))
+        text = report.markdown(preset, summarize(preset, results.records))
+        if into is None:
+            print(text)
+        else:
+            _paste(text, into, preset.name)
         return
     console = Console(soft_wrap=True)
     _print(_write(preset, results.records, directory), preset, console, directory)
+
+
+def _paste(text: str, file: Path, name: str) -> None:
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, found, rest = file.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise _Refused(f"expected the lines {begin} and {end} in {file}, got a file without them; add them")
+    file.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def _write(preset: Preset, records: list[dict[str, Any]], directory: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import lzma
 import multiprocessing
 import os
 import platform
@@ -46,7 +47,7 @@ class Results:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records: list[dict[str, Any]] = []
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = read(path).splitlines() if exists(path) else []
         for number, line in enumerate(lines, 1):
             try:
                 self.records.append(json.loads(line))
@@ -60,21 +61,46 @@ class Results:
         write_atomically(self.path, "".join(json.dumps(r, allow_nan=False) + "\n" for r in self.records + records))
         self.records += records
 
+    def check(self, preset: Preset, versions: bool) -> None:
+        """Raise ValueError if what is there was made with other settings or, where they matter, other versions."""
+        ignored = () if versions else ("batchrenorm", "torch")
+        configs = {arm.name: _without(preset.config(arm), ignored) for arm in preset.arms}
+        for record in self.records:
+            if configs.get(record["arm"]) != _without(record["config"], ignored):
+                raise ValueError(
+                    f"expected results of the present settings in {self.path.parent}, got {record['arm']} of other "
+                    "settings or versions; start over with --fresh, or choose another directory with --runs"
+                )
+
     def missing(self, preset: Preset, seeds: int) -> list[Job]:
         """The jobs of a preset that are still to do, all arms of a seed before the next seed.
 
         Raises:
             ValueError: what is there was made with other settings.
         """
-        hashes = {arm.name: config_hash(preset, arm) for arm in preset.arms}
-        for record in self.records:
-            if hashes.get(record["arm"]) != record["config_hash"]:
-                raise ValueError(
-                    f"expected results of the present settings in {self.path.parent}, got {record['arm']} of other "
-                    "settings or versions; start over with --fresh, or choose another directory with --runs"
-                )
+        self.check(preset, versions=True)
         done = {(record["arm"], record["seed"]) for record in self.records}
         return [(arm, seed) for seed in range(seeds) for arm in preset.arms if (arm.name, seed) not in done]
+
+
+def _without(config: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+def exists(path: Path) -> bool:
+    """Whether the file is there, or its compressed form, in which results are committed."""
+    return path.exists() or _compressed(path).exists()
+
+
+def read(path: Path) -> str:
+    """The text of a file, or of its compressed form."""
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    return lzma.decompress(_compressed(path).read_bytes()).decode()
+
+
+def _compressed(path: Path) -> Path:
+    return path.with_name(path.name + ".xz")
 
 
 def write_atomically(path: Path, text: str) -> None:
