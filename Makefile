@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: reproduce test lint format bench clean
+.PHONY: reproduce test lint format bench readme clean
 
 reproduce: $(VENV)/.paper  ## the paper's effect on handwritten digits, with a report
 	$(BIN)/batchrenorm reproduce digits
@@ -22,7 +22,6 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.bench  ## speed against nn.BatchNorm and the peers
 	$(BIN)/python -m benchmarks run
-	$(BIN)/python -m benchmarks table
 
 $(VENV)/.%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,6 +29,11 @@ $(VENV)/.%: pyproject.toml constraints.txt
 	touch $@
 
 comma := ,
+
+readme:  ## the tables in README.md and BENCHMARKS.md, from the committed results
+	$(BIN)/batchrenorm report results/digits --into README.md
+	$(BIN)/python -m benchmarks table --headline --into README.md
+	$(BIN)/python -m benchmarks table --into BENCHMARKS.md
 
 clean:
 	rm -rf $(VENV) runs

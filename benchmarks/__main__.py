@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--no-record", action="store_true", help="print only")
     table = commands.add_parser("table", help="the tables of recorded rows")
     table.add_argument("--markdown", action="store_true")
+    table.add_argument("--headline", action="store_true", help="only forward and backward together")
     table.add_argument("--commit", default=None, help="instead of the latest one measured")
     table.add_argument("--into", type=Path, metavar="FILE", default=None, help="paste between the benchmark markers")
     options = parser.parse_args(arguments)
@@ -83,9 +84,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _table(options: argparse.Namespace) -> int:
-    text = tables(
-        select(load(sorted(RESULTS.glob("*.jsonl"))), options.commit), options.markdown or options.into is not None
-    )
+    rows = select(load(sorted(RESULTS.glob("*.jsonl"))), options.commit)
+    text = tables(rows, options.markdown or options.into is not None, options.headline)
     if options.into is None:
         print(text)
     else:

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from .cases import TRAIN
+
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 Row = dict  # one line of a results file
@@ -48,19 +50,26 @@ def select(rows: Sequence[Row], commit: str | None = None) -> list[Row]:
     return list(last.values())
 
 
-def tables(rows: Sequence[Row], markdown: bool = True) -> str:
-    """For each device and number of threads: times, then bytes and errors."""
+def tables(rows: Sequence[Row], markdown: bool = True, headline: bool = False) -> str:
+    """For each device and number of threads: times, then bytes and errors.
+
+    The headline is the times of forward and backward together, and nothing else.
+    """
     parts = []
+    if headline:
+        rows = [row for row in rows if row["pass"] == TRAIN]
     for machine in dict.fromkeys((row["device"], row["threads"]) for row in rows):
         mine = [row for row in rows if (row["device"], row["threads"]) == machine]
-        parts.append(_caption(mine))
+        parts.append(_caption(mine).split(" Share:")[0] if headline else _caption(mine))
         # Cases with the same contestants share a table.
         fields: dict[tuple[str, ...], list[Row]] = {}
         for base in dict.fromkeys(row["base"] for row in mine):
             group = [row for row in mine if row["base"] == base]
             fields[tuple(dict.fromkeys(row["implementation"] for row in group))] = group
         for names, group in fields.items():
-            parts.append(_format(*_time_table(group, names), markdown))
+            parts.append(_format(*_time_table(group, names, brief=headline), markdown))
+        if headline:
+            continue
         parts.append("Kept for the backward, in sizes of x, and largest error of y and of dx against float64:")
         parts += [_format(*_fact_table(group, names), markdown) for names, group in fields.items()]
     return "\n\n".join(parts)
@@ -72,7 +81,7 @@ def _caption(rows: Sequence[Row]) -> str:
     dirty = " with uncommitted changes" if any(row["dirty"] for row in rows) else ""
     return (
         f"{row['device']}, {row['threads']} threads, {row['date'][:10]}, commit {row['commit'][:12]}{dirty}; "
-        f"{versions}. Times relative to the first column's, median and quartiles of interleaved rounds; the next "
+        f"{versions}. Times relative to the first column's, median (and quartiles) of interleaved rounds; the next "
         "column is the same code again: the noise. Share: bytes per second, for 3 passes over x forward, 5 backward, "
         "2 in inference, of a copy's."
     )
@@ -83,20 +92,23 @@ def _title(name: str) -> str:
     return " ".join([TITLES.get(first, first), *rest])
 
 
-def _time_table(rows: Sequence[Row], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+def _time_table(rows: Sequence[Row], names: Sequence[str], brief: bool = False) -> tuple[list[str], list[list[str]]]:
     base = rows[0]["base"]
     rivals = [name for name in names if name not in (base, "copy")]
     ours = next((name for name in names if name.startswith("brn")), base)
     header = ["case", "pass", f"{_title(base)}, ms", *map(_title, rivals), f"share, {_title(ours)}"]
+    if brief:
+        header = ["forward and backward", *header[2:-1]]
     lines = []
     for key in dict.fromkeys((row["case"], row["pass"]) for row in rows):
         cells = {row["implementation"]: row for row in rows if (row["case"], row["pass"]) == key}
         line = [*key, _number(cells[base]["ms"])]
         for name in rivals:
             row = cells.get(name)
-            line.append("–" if row is None else "{:.2f} ({:.2f}–{:.2f})".format(row["ratio"], *row["ratio_quartiles"]))
+            spread = "" if row is None or brief else " ({:.2f}–{:.2f})".format(*row["ratio_quartiles"])
+            line.append("–" if row is None else f"{row['ratio']:.2f}{spread}")
         share = cells.get(ours, {}).get("copy_share")
-        lines.append([*line, "–" if share is None else f"{share:.0%}"])
+        lines.append([line[0], *line[2:]] if brief else [*line, "–" if share is None else f"{share:.0%}"])
     return header, lines
 
 
