@@ -263,6 +263,18 @@ def test_large(layout: str, microbatch_size: int | None) -> None:
     run(LARGE, torch.float64, layout=layout, cotangent=layout, microbatch_size=microbatch_size)
 
 
+@pytest.mark.parametrize("side", [256, 1024])
+@pytest.mark.parametrize("offset", [0.0, 1.9])
+def test_large_planes(side: int, offset: float) -> None:
+    """Sums over a million values of one sample, where running sums in float32 would show."""
+    x = torch.randn(2 if side == 256 else 1, 2, side, side) + offset
+    mean, var, _ = aten.moments(x, 0.0, len(x))
+    truth = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    # sigma, and so y, is off by half of what the variance is: the issue's 1e-5.
+    torch.testing.assert_close(var.double(), truth[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(mean.double(), truth[1], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("shape", ["2d", "3d", "4d", "4d_one_channel", "4d_vectors", "5d"])
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -237,6 +237,13 @@ BUGS = [
         EXACT + "test_large_offset",
     ),
     Bug(
+        "a million values in one running sum",
+        "backends/aten.py",
+        "_PLANE = 2**16",
+        "_PLANE = 2**40",
+        EXACT + "test_large_planes",
+    ),
+    Bug(
         "the counter not in the state",
         "modules.py",
         "torch.zeros((), dtype=torch.long, device=device) if tracked else None\n",

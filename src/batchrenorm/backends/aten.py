@@ -58,7 +58,8 @@ def _mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.dtype == torch.float64:
         return torch.batch_norm_update_stats(x, None, None, 0.0)
     if x.dtype == torch.float32:
-        if x.is_cpu and x.ndim > 2 and x.numel() > _SMALL and x.is_contiguous():
+        spatial = x.numel() // (x.shape[0] * x.shape[1])
+        if x.is_cpu and 1 < spatial <= _PLANE and x.numel() > _SMALL and x.is_contiguous():
             return _fast_mean_var(x)
         return torch.batch_norm_update_stats(x, None, None, 0.0)
     # For half x the CPU kernel rounds its float32 statistics to half, unless averages of float32 are there.
@@ -83,6 +84,11 @@ def _fast_mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
     # Only where needed: no channel's last bits depend on what is in another channel.
     by_aten = torch.batch_norm_update_stats(x, None, None, 0.0)
     return torch.where(precise, mean, by_aten[0]), torch.where(precise, var, by_aten[1])
+
+
+# It adds up a plane (of one sample and channel) in float32, in 8 or 16 running sums: up to so many elements the
+# variance stays within 5e-6 of itself, at 1024 x 1024 it was 5e-5 off.
+_PLANE = 2**16
 
 
 def _effective_affine(
