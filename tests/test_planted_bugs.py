@@ -199,6 +199,20 @@ BUGS = [
         "test_recompute.py::test_unmatched_recomputation_is_an_error",
     ),
     Bug(
+        "recomputations that push waiting forwards out",
+        "correction.py",
+        "self.record(self.repeats, mean,",
+        "self.record(self.forwards, mean,",
+        "test_recompute.py::test_as_many_forwards_may_wait_as_promised",
+    ),
+    Bug(
+        "a layer that stays partly on meta",
+        "correction.py",
+        'return torch.empty(1, device="cpu")',
+        "return torch.empty(1)",
+        STATE + "test_deferred_initialisation",
+    ),
+    Bug(
         "r and d recomputed in a compiled backward",
         "correction.py",
         "    if plain:\n",

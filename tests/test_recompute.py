@@ -213,6 +213,17 @@ def test_forwards_without_a_backward_do_not_disturb() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward order", "reverse order"])
+def test_as_many_forwards_may_wait_as_promised(reverse: bool) -> None:
+    """A recomputation must not take the place of a forward that still waits."""
+    waiting = range(brn.correction.PENDING_FORWARDS)
+    order = tuple(reversed(waiting)) if reverse else tuple(waiting)
+    plain, net = build(), build("plain")
+    expected = train(plain, plain, order, steps=1)
+    for a, b in zip(expected, train(net, net, order, steps=1), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_second_backward_of_a_retained_graph() -> None:
     plain, net = build(), build("plain")
     x = torch.randn(16, 6, dtype=torch.double)

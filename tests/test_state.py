@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import batchrenorm as brn
+from batchrenorm.backends import aten
 
 PAIRS = [
     (brn.BatchRenorm1d, nn.BatchNorm1d, (6, 5)),
@@ -492,3 +493,24 @@ def test_lazy_without_affine_or_averages(
         layer(torch.randn(shape, dtype=torch.float64))
         assert list(layer.state_dict()) == KEYS[0 if affine else 2 : None if tracked else 2]
         assert all(v.dtype == torch.float64 for k, v in layer.state_dict().items() if k != KEYS[4])
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_deferred_initialisation(converted: bool) -> None:
+    """Built without memory, as large models are, then given memory and a state: nothing may stay behind on "meta"."""
+    torch._dynamo.reset()
+    aten.as_tensor.cache_clear()
+    eager = brn.BatchRenorm1d(3, momentum=0.3, clip=brn.ClipSchedule.constant())
+    with torch.device("meta"):
+        layer = brn.convert_batchnorm(nn.BatchNorm1d(3)) if converted else brn.BatchRenorm1d(3)
+        # Another layer, whose first forward falls into this context.
+        eager(torch.ones(4, 3, device="cpu") * torch.arange(4.0, device="cpu")[:, None])
+    layer = layer.to_empty(device="cpu")
+    layer.load_state_dict(eager.state_dict())
+    layer.momentum, layer.clip = eager.momentum, eager.clip
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        x = torch.randn(8, 3)
+        torch.testing.assert_close(compiled(x), eager(x))
+    for a, b in zip(layer.buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(a, b)

@@ -11,10 +11,10 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from .correction import name_of_history
 from .functional import check_settings
 from .modules import (
     BatchRenorm,
@@ -97,7 +97,7 @@ def convert_batchnorm(
         layer.clip = clip
         layer.microbatch_size = microbatch_size
         layer.process_group = process_group
-        layer._layer = torch.empty(1)
+        layer._layer = name_of_history()
     return model
 
 

@@ -131,7 +131,8 @@ def _used_averages(
     # either, nothing can ask for this forward again.
     if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         mu = mu.clone() if mu is running_mean else mu  # the caller will write it
-        _history(layer).record(mean, mu, sigma, r_max, d_max)
+        history = _history(layer)
+        history.record(history.forwards, mean, mu, sigma, r_max, d_max)
     return _Use(mean, std, mu, sigma, r_max, d_max, False)
 
 
@@ -170,6 +171,14 @@ def _history(layer: Tensor) -> _History:
     return history
 
 
+def name_of_history() -> Tensor:
+    """What a layer keeps to be known by: an attribute and not a buffer, since it is no state.
+
+    On the CPU also where `torch.device` is a context: it would stay on "meta" when the layer is given its memory.
+    """
+    return torch.empty(1, device="cpu")
+
+
 class _Entry(NamedTuple):
     mean: Tensor  # (C,) what this forward saw: by this a recomputation finds it
     mu: Tensor  # (C,) what it used
@@ -184,12 +193,22 @@ class _History:
     """The averages and limits that one layer's last forwards have used, each found again by its minibatch's mean."""
 
     def __init__(self) -> None:
-        self.entries: deque[_Entry] = deque(maxlen=PENDING_FORWARDS)
+        self.forwards: deque[_Entry] = deque(maxlen=PENDING_FORWARDS)
+        # Recomputations, which a nested checkpoint recomputes again: apart, so that they push no waiting forward out.
+        self.repeats: deque[_Entry] = deque(maxlen=PENDING_FORWARDS)
 
-    def record(self, mean: Tensor, mu: Tensor, sigma: Tensor, r_max: float | Tensor, d_max: float | Tensor) -> None:
+    def record(
+        self,
+        where: deque[_Entry],
+        mean: Tensor,
+        mu: Tensor,
+        sigma: Tensor,
+        r_max: float | Tensor,
+        d_max: float | Tensor,
+    ) -> None:
         grad = torch.is_grad_enabled()
         node = torch.autograd._get_sequence_nr() - (0 if grad else 1)  # type: ignore[attr-defined]
-        self.entries.append(_Entry(mean, mu, sigma, r_max, d_max, node, grad))
+        where.append(_Entry(mean, mu, sigma, r_max, d_max, node, grad))
 
     def recall(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The (mu, sigma, r_max, d_max) of the forward whose minibatch had this mean.
@@ -197,7 +216,11 @@ class _History:
         The nearest mean, not the equal one: under a compiler the forward without gradients and the recomputation with
         them are two programs that round differently.
         """
-        entries = [e for e in self.entries if e.mean.shape == mean.shape and e.mean.device == mean.device]
+        entries = [
+            entry
+            for entry in (*self.forwards, *self.repeats)
+            if entry.mean.shape == mean.shape and entry.mean.device == mean.device
+        ]
         if not entries:
             raise RuntimeError(_NO_MATCH)
         # nan_to_num: a channel that overflowed is as unknown in the recomputation as it was in the forward.
@@ -214,8 +237,7 @@ class _History:
             mu = torch.where(gap > _TOLERANCE, math.nan, mu)  # NaN gradients say what an error cannot say in time
         elif gap > _TOLERANCE:
             raise RuntimeError(_NO_MATCH)
-        # A nested checkpoint will recompute this recomputation.
-        self.record(mean, mu, sigma, r_max, d_max)
+        self.record(self.repeats, mean, mu, sigma, r_max, d_max)
         return mu, sigma, r_max, d_max
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import Parameter, UninitializedBuffer, UninitializedParameter
 
-from .correction import is_plain_eager
+from .correction import is_plain_eager, name_of_history
 from .functional import check_settings, renormalize
 from .schedule import ClipSchedule, as_real
 
@@ -94,8 +94,7 @@ class BatchRenorm(nn.Module):
         self.clip = clip
         self.microbatch_size = microbatch_size
         self.process_group = process_group
-        # Names this layer's history of forwards (see correction.py). An attribute and not a buffer: it is no state.
-        self._layer = torch.empty(1)
+        self._layer = name_of_history()
         floating = {"device": device, "dtype": dtype}
         self.weight = Parameter(torch.ones(num_features, **floating)) if affine else None  # type: ignore[arg-type]
         self.bias = Parameter(torch.zeros(num_features, **floating)) if affine else None  # type: ignore[arg-type]

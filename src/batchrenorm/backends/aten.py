@@ -173,7 +173,8 @@ def _unfold(y: Tensor, x: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=64, typed=True)
 def as_tensor(number: float) -> Tensor:
     """0-d float64 or int64 of a setting: arithmetic with it takes half the time of arithmetic with a Python number."""
-    return torch.tensor(number, dtype=torch.int64 if isinstance(number, int) else torch.float64)
+    dtype = torch.int64 if isinstance(number, int) else torch.float64
+    return torch.tensor(number, dtype=dtype, device="cpu")  # whatever device is the context of the first call
 
 
 AffineBackward: type = _Affine._backward_cls
