@@ -24,11 +24,11 @@ for _module in ("sklearn", "rich", "matplotlib"):
     pytest.importorskip(_module, reason="needs the extra: pip install 'batchrenorm[paper]'")
 
 from batchrenorm import BatchRenorm1d, ClipSchedule  # noqa: E402
-from batchrenorm.paper import cli, evaluation, models, presets, report, runs, training  # noqa: E402
+from batchrenorm.paper import cli, evaluation, presets, report, runs, training  # noqa: E402
 from batchrenorm.paper import data as paper_data  # noqa: E402
-from batchrenorm.paper.experiment import Arm, Labels, Measure, Prediction, Preset  # noqa: E402
+from batchrenorm.paper.experiment import Arm, Labels, Preset  # noqa: E402
 from batchrenorm.paper.progress import Progress  # noqa: E402
-from batchrenorm.paper.summary import RULE, Difference, difference, summarize, verdict  # noqa: E402
+from batchrenorm.paper.sampling import plan  # noqa: E402
 
 TINY = replace(presets.smoke, name="tiny", steps=12, evaluations=3)
 REQUIRED = {f"{regime}/{norm}" for regime in ("baseline", "microbatch", "noniid") for norm in ("bn", "brn")}
@@ -141,7 +141,8 @@ def test_arms_share_their_initial_weights(data: paper_data.Data) -> None:
 
 def test_arms_share_their_minibatches(data: paper_data.Data) -> None:
     def of(name: str, seed: int = 1) -> list[list[int]]:
-        return training.batches(TINY, TINY.arm(name), data.train.y, 12, seed)
+        found = plan(TINY.batch_size, TINY.arm(name).labels, data.train.y, 12, seed)
+        return [list(batch) for batch in found]
 
     assert of("baseline/bn") == of("baseline/brn") == of("microbatch/bn") == of("microbatch/brn") == of("blowup/bn")
     assert of("noniid/bn") == of("noniid/brn")
@@ -157,7 +158,7 @@ def test_groups_are_what_the_arms_say(data: paper_data.Data) -> None:
     def labels_in_groups(name: str) -> list[int]:
         arm = presets.digits.arm(name)
         assert arm.group is not None
-        batches = training.batches(presets.digits, arm, pairs.train.y, 50, 0)
+        batches = [list(b) for b in plan(presets.digits.batch_size, arm.labels, pairs.train.y, 50, 0)]
         groups = pairs.train.y[torch.tensor(batches)].view(-1, arm.group)
         return [len(group.unique()) for group in groups]
 
@@ -174,7 +175,8 @@ def test_no_image_of_a_test_pair_is_in_a_training_pair() -> None:
     pairs = paper_data.load("pairs-100")
 
     def images(split: paper_data.Split) -> set[bytes]:
-        return {image.numpy().tobytes() for image in split.x.view(-1, 64).unique(dim=0)}
+        ((x, _),) = split.minibatches([range(len(split.y))])
+        return {image.numpy().tobytes() for image in x.view(-1, 64).unique(dim=0)}
 
     train, val, test = (images(split) for split in pairs[:3])
     # The data set itself holds a few identical images; none crosses by pairing.
@@ -185,37 +187,14 @@ def test_no_image_of_a_test_pair_is_in_a_training_pair() -> None:
     assert all(split.y.bincount().unique().numel() == 1 for split in pairs[:3])
 
 
-def test_same_seed_same_numbers() -> None:
+def test_same_seed_same_numbers(tmp_path: Path) -> None:
     def numbers(seed: int) -> list[dict[str, Any]]:
-        records = runs.run_job(TINY, TINY.arm("noniid/brn"), seed, lambda step, accuracy: None)
-        return [{key: value for key, value in r.items() if key not in ("seconds", "seed")} for r in records]
+        place = runs.Place(tmp_path / str(seed))
+        records = runs.run_job(TINY, TINY.arm("noniid/brn"), seed, place, lambda step, accuracy: None)
+        return [{k: v for k, v in r.items() if not k.endswith("seconds") and k != "seed"} for r in records]
 
     assert numbers(3) == numbers(3)
     assert numbers(3) != numbers(4)
-
-
-def test_bn_of_groups_is_torch_batch_norm_of_each_group() -> None:
-    x = torch.randn(32, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    cotangent = torch.randn(32, 5, generator=torch.Generator().manual_seed(1))
-    layer = models.normalizer("bn", 5, 0.1, ClipSchedule(), 4, learn_gamma=False)
-    y = layer(x)
-    expected = torch.cat([F.batch_norm(group, None, None, training=True) for group in x.split(4)])
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(y, x, cotangent)[0], torch.autograd.grad(expected, x, cotangent)[0], rtol=1e-4, atol=1e-5
-    )
-    assert not layer.weight.requires_grad
-
-
-def test_moving_average_norm_has_no_gradient_through_the_statistics() -> None:
-    layer = models.MovingAverageNorm(2, momentum=0.5)
-    x = torch.tensor([[1.0, 3.0], [5.0, 3.0]], requires_grad=True)
-    first, second = layer(x), layer(x)
-    torch.testing.assert_close(first, x)  # averages 0 and 1
-    mean, std = torch.tensor([1.5, 1.5]), torch.tensor([1.5, 0.5 + 0.5 * 1e-5**0.5])
-    torch.testing.assert_close(second, (x - mean) / std)
-    cotangent = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
-    torch.testing.assert_close(torch.autograd.grad(second, x, cotangent)[0], cotangent / std)
 
 
 def test_corrections_are_those_of_the_layer() -> None:
@@ -224,41 +203,60 @@ def test_corrections_are_those_of_the_layer() -> None:
     layer.running_mean.normal_(generator=generator)
     layer.running_var.uniform_(0.2, 2.0, generator=generator)
     x = torch.randn(32, 4, generator=generator)
-    with evaluation.corrections(layer) as seen:
-        y = layer(x)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    (seen,) = evaluation.corrections(layer, x).values()
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    y = layer(x)
     # From the output alone: a group's mean is d and its deviation is r.
     std, mean = torch.std_mean(y.detach().view(4, 8, 4), 1, correction=0)
     at_limit = ((std - 1.5).abs() < 1e-4) | ((std - 1 / 1.5).abs() < 1e-4)
-    assert 0.2 < seen[0].r_clipped < 0.8
-    assert seen[0].r_clipped == pytest.approx(at_limit.double().mean().item())
-    assert seen[0].d_clipped == pytest.approx(((mean.abs() - 0.5).abs() < 1e-4).double().mean().item())
-    assert seen[0].r_mean == pytest.approx(std.mean().item(), rel=1e-4)
-    assert seen[0].d_mean == pytest.approx(mean.mean().item(), rel=1e-4, abs=1e-5)
-    assert seen[0].d_abs_mean == pytest.approx(mean.abs().mean().item(), rel=1e-4)
-    layer(x)
-    assert len(seen) == 1
+    assert 0.2 < seen.r_clipped < 0.8
+    assert seen.r_clipped == pytest.approx(at_limit.double().mean().item())
+    assert seen.d_clipped == pytest.approx(((mean.abs() - 0.5).abs() < 1e-4).double().mean().item())
+    assert seen.r_mean == pytest.approx(std.mean().item(), rel=1e-4)
+    assert seen.d_mean == pytest.approx(mean.mean().item(), rel=1e-4, abs=1e-5)
+    assert seen.d_abs_mean == pytest.approx(mean.abs().mean().item(), rel=1e-4)
 
 
 def test_batch_statistics_leave_the_model_alone(data: paper_data.Data) -> None:
     net = training.build(TINY, TINY.arm("noniid/brn"), data, 0)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    batches = training.batches(TINY, TINY.arm("noniid/brn"), data.validation.y, 3, 0)
-    score = evaluation.with_batch_statistics(net, data.validation, batches)
+    batches = plan(32, TINY.arm("noniid/brn").labels, data.validation.y, 3, 0)
+    score = evaluation.with_batch_statistics(net, data.validation, batches, 16)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    index = torch.tensor(batches).flatten()
+    ((h, y),) = data.validation.minibatches([[item for batch in batches for item in batch]])
     with torch.no_grad():
-        h = data.validation.x[index]
         for layer in net:
             if isinstance(layer, BatchRenorm1d):
                 h = torch.cat([F.batch_norm(g, None, None, training=True) for g in h.split(layer.microbatch_size)])
             else:
                 h = layer(h)
-    assert score.accuracy == pytest.approx((h.argmax(1) == data.validation.y[index]).double().mean().item() * 100)
+    assert score.accuracy == pytest.approx((h.argmax(1) == y).double().mean().item() * 100)
+
+
+def test_the_training_forward_is_measured_as_it_is(data: paper_data.Data) -> None:
+    net = training.build(TINY, TINY.arm("microbatch/brn"), data, 0)
+    assert isinstance(net, nn.Sequential)
+    batches = plan(32, None, data.train.y, 4, 0)
+    for x, _ in data.train.minibatches(batches):  # averages of their own
+        net(x)
+    net_step = {int(layer.num_batches_tracked) for layer in net if isinstance(layer, BatchRenorm1d)}
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    score = evaluation.in_training(net, data.train, batches)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert net_step == {4}
+    right = total = 0
+    for x, y in data.train.minibatches(batches):
+        net.load_state_dict(before)  # what the forward of each minibatch would give, were it the next
+        right += int((net(x).argmax(1) == y).sum())
+        total += len(y)
+    assert score.accuracy == pytest.approx(100 * right / total)
 
 
 def test_an_answer_that_is_not_finite_is_wrong() -> None:
-    split = paper_data.Split(torch.full((4, 3), float("nan")), torch.zeros(4, dtype=torch.long))
-    assert evaluation.with_averages(nn.Identity(), split) == evaluation.Score(0.0, None)
+    split = paper_data.InMemory(torch.full((4, 3), float("nan")), torch.zeros(4, dtype=torch.long))
+    net = nn.Linear(3, 2)
+    assert evaluation.with_averages(net, split, range(4)) == evaluation.Score(0.0, None)
 
 
 # Nothing finished is lost
@@ -288,7 +286,8 @@ def test_resumed_run_has_the_summary_of_an_uninterrupted_one(
     assert cli.main(command) == 0
     assert "2 of 24 runs are in" in capsys.readouterr().out
     assert lines(tmp_path / "tiny")[: len(kept)] == kept
-    assert (tmp_path / "tiny" / "summary.json").read_bytes() == (finished / "summary.json").read_bytes()
+    again, whole = (json.loads((d / "summary.json").read_text()) for d in (tmp_path / "tiny", finished))
+    assert {k: v for k, v in again.items() if k != "cost"} == {k: v for k, v in whole.items() if k != "cost"}
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,8 +424,8 @@ def test_arms_that_do_not_fit(arm: Arm, message: str) -> None:
 def test_unknown_names_in_a_preset() -> None:
     with pytest.raises(ValueError, match="expected data"):
         paper_data.load("mnist")
-    with pytest.raises(ValueError, match="as normaliser, got 'batch'"):
-        models.normalizer("batch", 4, 0.1, ClipSchedule(), None, True)
+    with pytest.raises(ValueError, match="expected optimizer of tiny"):
+        replace(TINY, optimizer="adam")
 
 
 def test_the_library_does_not_import_the_experiments() -> None:
@@ -438,100 +437,51 @@ def test_the_library_does_not_import_the_experiments() -> None:
     assert done.stdout.strip() == "[]"
 
 
-# What the numbers say
-
-A, B = Measure("noniid/brn"), Measure("noniid/bn")
+# The presets
 
 
-def test_difference_is_paired_and_has_students_interval() -> None:
-    found = difference({0: 90.0, 1: 80.0, 2: 70.0, 7: 0.0}, {0: 85.0, 1: 74.0, 2: 63.0, 8: 99.0})
-    assert found is not None
-    assert found.n == 3
-    assert found.mean == pytest.approx(6.0)
-    # Differences 5, 6, 7: standard deviation 1, t = 4.303 for 2 degrees of freedom.
-    assert (found.low, found.high) == pytest.approx((6 - 4.303 / 3**0.5, 6 + 4.303 / 3**0.5), rel=1e-3)
-    assert not found.is_noise
-    alone = difference({0: 90.0}, {0: 80.0})
-    assert alone is not None
-    assert alone.is_noise
-    assert difference({0: 1.0}, {1: 2.0}) is None
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "at_least", "within", "expected"),
-    [
-        (4.0, 8.0, 5.0, None, "held"),
-        (4.0, 5.0, 5.0, None, "did not hold"),  # real, but smaller than predicted
-        (-1.0, 20.0, 5.0, None, "no difference"),
-        (-9.0, -5.0, 5.0, None, "did not hold"),
-        (-2.0, 1.0, None, 3.0, "held"),
-        (0.5, 1.0, None, 3.0, "held"),
-        (1.0, 4.0, None, 3.0, "undecided"),
-        (-9.0, 9.0, None, 3.0, "undecided"),
-        (4.0, 5.0, None, 3.0, "did not hold"),
-        (-5.0, -4.0, None, 3.0, "did not hold"),
-    ],
-)
-def test_verdicts(low: float, high: float, at_least: float | None, within: float | None, expected: str) -> None:
-    prediction = Prediction("", A, B, at_least=at_least, within=within)
-    assert verdict(prediction, Difference((low + high) / 2, low, high, 5)) == expected
-
-
-def synthetic(accuracies: dict[str, list[float]]) -> list[dict[str, Any]]:
-    common = {
-        "split": "test",
-        "statistics": "averages",
-        "config": {"steps": 10},
-        "step": 10,
-        "version": "0",
-        "commit": "unknown",
-        "hardware": {"cpu": "none", "cores": 1, "torch": "0"},
-    }
-    return [
-        {**common, "arm": arm, "seed": seed, "accuracy": accuracy}
-        for arm, values in accuracies.items()
-        for seed, accuracy in enumerate(values)
-    ]
-
-
-def test_predictions_are_judged_from_the_seeds() -> None:
-    claims = (
-        Prediction("more", A, B, at_least=5.0),
-        Prediction("the other way round", B, A, at_least=5.0),
-        Prediction("not measured", Measure("halves/bn"), B, at_least=5.0),
-        Prediction("noise", Measure("baseline/brn"), Measure("baseline/bn"), at_least=0.5),
-    )
-    records = synthetic(
-        {
-            "noniid/brn": [90.0, 92.0, 91.0],
-            "noniid/bn": [80.0, 83.0, 81.0],
-            "baseline/bn": [90.0, 92.0, 91.0],
-            "baseline/brn": [92.0, 91.0, 91.5],
-        }
-    )
-    # Earlier evaluations are no results.
-    records.append({**records[0], "step": 5, "accuracy": 0.0})
-    judged = summarize(replace(TINY, predictions=claims), records)["predictions"]
-    assert [j["verdict"] for j in judged] == ["held", "did not hold", "not measured", "no difference"]
-    assert judged[0]["difference"] == pytest.approx(29 / 3)
-    assert report.difference_text(judged[0]).startswith("+9.7 [+")
-    assert report.difference_text(judged[3]).startswith("no difference (+0.5 [-")
-    assert "no difference" in RULE
-
-
-def test_the_preset_measures_what_it_promises() -> None:
-    preset = presets.digits
+@pytest.mark.parametrize("preset", presets.PRESETS.values(), ids=lambda preset: preset.name)
+def test_the_presets_measure_what_they_promise(preset: Preset) -> None:
     assert {arm.name for arm in preset.arms} >= REQUIRED
-    assert preset.seeds >= 3
-    assert preset.alpha == max(0.01, 20 / preset.steps)
+    assert len({arm.name for arm in preset.arms}) == len(preset.arms)
     measures = [row.measure for row in preset.rows]
     measures += [m for p in preset.predictions for m in (p.better, p.worse)]
     measures += [curve.measure for figure in preset.figures for curve in figure.curves]
     for measure in measures:
         arm = preset.arm(measure.arm)
         assert measure.split in ("train", "val", "test")
+        assert measure.parameters == preset.parameters
         assert measure.statistics == "averages" or (measure.split != "train" and arm.labels is not None)
     for p in preset.predictions:
         assert (p.at_least is None) != (p.within is None)
     for figure in preset.figures:  # test images are for the end
         assert "test" not in {curve.measure.split for curve in figure.curves}
+    assert {figure.paper for figure in preset.figures} >= {"1", "2", "3"}
+
+
+def test_halves_and_pairs_in_the_papers_minibatches() -> None:
+    """16 groups of 32: every group has 16 labels with 2 images each; in halves no group of 16 has a pair."""
+    preset = presets.tiny_imagenet
+    y = torch.arange(100_000) % 1000
+    for name, pairs in (("noniid/bn", True), ("halves/bn", False)):
+        arm = preset.arm(name)
+        assert arm.group is not None
+        batch = plan(preset.batch_size, arm.labels, y, 2, 0)[1]
+        assert len(batch) == 512
+        for group in y[torch.tensor(batch)].view(-1, arm.group):
+            _, counts = group.unique(return_counts=True)
+            # Labels are drawn with replacement, so one may come twice.
+            assert (counts.min() >= 2) == pairs
+            assert len(counts) >= (arm.group // 2 if pairs else arm.group) - 3
+
+
+def test_the_paper_schedule_of_imagenet() -> None:
+    """5k, 25k, 40k of 130k steps, alpha 0.01, 50 groups of 32."""
+    config = presets.imagenet.config(presets.imagenet.arm("baseline/brn"))
+    assert config["alpha"] == 0.01
+    assert (config["batch_size"], config["group"]) == (1600, 32)
+    clip = config["clip"]
+    assert abs(clip["warmup"] - 5000) < 100
+    assert abs(clip["d_full"] - 25_000) < 400
+    assert abs(clip["r_full"] - 40_000) < 400
+    assert (clip["r_max"], clip["d_max"]) == (3.0, 5.0)

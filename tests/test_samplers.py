@@ -249,3 +249,10 @@ def test_bad_arguments(arguments: dict[str, Any], parts: list[str]) -> None:
     with pytest.raises(ValueError, match=r"^expected .+; .+$") as caught:
         brn.LabelGroupBatchSampler(**{"labels": LABELS, **arguments})
     assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_any_batch_without_iterating() -> None:
+    labels = torch.arange(60) % 6
+    one = brn.LabelGroupBatchSampler(labels, 2, 3, num_batches=5, seed=4)
+    assert [one.batch(i) for i in range(5)] == list(brn.LabelGroupBatchSampler(labels, 2, 3, num_batches=5, seed=4))
+    assert one.state_dict()["next"] == 0

@@ -100,7 +100,7 @@ class LabelGroupBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         """The rest of the epoch: all of it, unless `load_state_dict` has set a place inside."""
         while self._next < self.num_batches:
-            batch = self._batch(self._next)
+            batch = self.batch(self._next)
             self._next += 1
             yield batch
         self.set_epoch(self.epoch + 1)
@@ -122,7 +122,8 @@ class LabelGroupBatchSampler(Sampler[list[int]]):
         """Go on where `state_dict` was taken."""
         self.seed, self.epoch, self._next = state["seed"], state["epoch"], state["next"]
 
-    def _batch(self, index: int) -> list[int]:
+    def batch(self, index: int) -> list[int]:
+        """The minibatch at this place of the epoch, without moving the iteration."""
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {self.epoch} {index}").getrandbits(63))
         batch: list[int] = []
         for _ in range(self.sets_per_batch):

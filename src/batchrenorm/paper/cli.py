@@ -7,6 +7,9 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,103 +37,274 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="batchrenorm", description="Batch Renormalization: the paper's experiments.")
     parser.add_argument("--version", action="version", version=f"batchrenorm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    reproduce = commands.add_parser(
-        "reproduce", help="train all arms of a preset and write the report; resumes by itself"
+    _add_reproduce(commands)
+    report = commands.add_parser("report", help="write the report of one or several runs, or print its tables")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="runs of one preset are merged")
+    report.add_argument(
+        "--output", type=Path, metavar="FILE", help="the page (default: report.html in the first RUN_DIR)"
     )
-    reproduce.add_argument("preset", help=", ".join(f"{p.name}: {p.about}" for p in PRESETS.values()))
-    reproduce.add_argument(
-        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="results go to DIR/PRESET (default: runs)"
-    )
-    reproduce.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1 (default: the preset's)")
-    reproduce.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core, at most 8)")
-    reproduce.add_argument("--fresh", action="store_true", help="start over, forgetting the results that are there")
-    report = commands.add_parser("report", help="write the report of a run again, or print its table")
-    report.add_argument("run", type=Path, metavar="RUN_DIR")
     report.add_argument("--markdown", action="store_true", help="print the result table in Markdown, and write nothing")
+    report.add_argument(
+        "--predictions", action="store_true", help="print the predictions in Markdown, and write nothing"
+    )
     report.add_argument(
         "--into", type=Path, metavar="FILE", help="put that table between the lines <!-- PRESET:begin/end --> of a file"
     )
     options = parser.parse_args(arguments)
     try:
         if options.command == "reproduce":
-            _reproduce(options.preset, options.runs, options.seeds, options.workers, options.fresh)
+            _reproduce(options)
         else:
-            _report(options.run, options.markdown, options.into)
-    except (_Refused, ValueError, OSError) as error:
-        print(f"batchrenorm: {error}", file=sys.stderr)
-        return 2
+            _report(options)
     except KeyboardInterrupt:
         return 130
+    except BrokenProcessPool:
+        print(
+            "batchrenorm: expected all workers to live, but one was killed, perhaps for memory; the same command goes "
+            "on from what is kept, and --workers makes them fewer",
+            file=sys.stderr,
+        )
+        return 2
+    except (_Refused, RuntimeError, ValueError, OSError) as error:
+        print(f"batchrenorm: {error}", file=sys.stderr)
+        return 1 if isinstance(error, RuntimeError) else 2
     return 0
 
 
-def _reproduce(name: str, runs_dir: Path, seeds: int | None, workers: int | None, fresh: bool) -> None:
-    preset = _preset(name)
-    if seeds is not None and seeds < 1:
-        raise _Refused(f"expected --seeds >= 1, got {seeds}; the preset has {preset.seeds}")
-    if workers is not None and workers < 0:
-        raise _Refused(f"expected --workers >= 0, got {workers}; 0 trains in the main process")
+# Options that replace a field of the preset, and what they take.
+_SETTINGS: dict[str, tuple[type, str]] = {
+    "steps": (int, "optimiser steps; schedules follow"),
+    "batch-size": (int, "items in a minibatch, over all processes"),
+    "image-size": (int, "height and width in pixels"),
+    "learning-rate": (float, "of all arms that have none of their own"),
+    "optimizer": (str, "sgd or rmsprop"),
+    "averaging": (float, "decay of the average of parameters, mu and sigma"),
+    "evaluations": (int, "how often a training is looked at"),
+    "precision": (str, "float32, or bfloat16 or float16 by autocast"),
+    "compile": (str, "mode of torch.compile: default, reduce-overhead, max-autotune"),
+    "accumulate": (int, "parts of a minibatch that go through the net one after the other"),
+    "checkpoint-every": (int, "steps"),
+}
+
+
+def _add_reproduce(commands: Any) -> None:
+    parser = commands.add_parser(
+        "reproduce",
+        help="train all arms of a preset and write the report; goes on where it was stopped",
+        description="Train all arms of a preset and write the report. The same command goes on where it was stopped. "
+        "Under torchrun all processes share each minibatch.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="presets:\n" + "\n".join(f"  {p.name:14} {p.about}" for p in PRESETS.values()),
+    )
+    parser.add_argument("preset", metavar="PRESET")
+    parser.add_argument("path", type=Path, nargs="?", metavar="PATH", help="the same as --data")
+    add = parser.add_argument_group("where").add_argument
+    add("--data", type=Path, metavar="DIR", help="where the images are (default: download what is public)")
+    add("--cache", type=Path, metavar="DIR", help="for downloads and decoded images (default: ~/.cache/batchrenorm)")
+    add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="results go to DIR/PRESET (default: runs)")
+    add("--device", help="cpu, cuda, cuda:1 (default: the preset's, else a GPU if there is one)")
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="trainings at a time (default: one for each core, at most 8; on a GPU 1)",
+    )
+    add(
+        "--loaders", type=int, default=0, metavar="N", help="processes of each training that decode images (default: 0)"
+    )
+    add("--skip-corrupt", action="store_true", help="leave out images that cannot be read")
+    add("--tensorboard", action="store_true", help="write scalars to RUN/tensorboard")
+    add = parser.add_argument_group("what").add_argument
+    add("--arms", metavar="A,B", help="only these, e.g. microbatch/bn,microbatch/brn; or a regime, e.g. microbatch")
+    add("--seeds", type=int, metavar="N", help="seeds 0 to N-1 (default: the preset's)")
+    add("--model", metavar="NAME", help="a model of torchvision, e.g. resnet50, instead of the preset's")
+    add("--channels-last", action="store_true", help="images as (N, H, W, C) in memory")
+    for name, (kind, text) in _SETTINGS.items():
+        if name == "compile":
+            add("--compile", nargs="?", const="default", metavar="MODE", help=text)
+        else:
+            add(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=text)
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help="go on where it was stopped: what it does anyway")
+    group.add_argument("--fresh", action="store_true", help="start over, forgetting results and checkpoints")
+
+
+def _changed(options: argparse.Namespace) -> Preset:
+    """The preset with what the options change."""
+    preset = _preset(options.preset)
+    changes: dict[str, Any] = {}
+    for name in _SETTINGS:
+        if (value := getattr(options, name.replace("-", "_"))) is not None:
+            changes[name.replace("-", "_")] = value
+    if options.channels_last:
+        changes["channels_last"] = True
+    if options.model is not None:
+        from .models import Torchvision
+
+        changes["model"] = Torchvision(options.model)
+    if options.arms is not None:
+        wanted = options.arms.split(",")
+        changes["arms"] = tuple(arm for arm in preset.arms if arm.name in wanted or arm.regime in wanted)
+        known = {arm.name for arm in preset.arms} | {arm.regime for arm in preset.arms}
+        if unknown := [name for name in wanted if name not in known]:
+            raise _Refused(
+                f"expected arms of {preset.name}, got {', '.join(unknown)}; it has "
+                f"{', '.join(arm.name for arm in preset.arms)}"
+            )
+    return replace(preset, **changes)
+
+
+def _reproduce(options: argparse.Namespace) -> None:
+    for name, least, about in (
+        ("seeds", 1, "it is a count"),
+        ("workers", 0, "0 trains in the main process"),
+        ("loaders", 0, "0 decodes in the training process"),
+    ):
+        if (value := getattr(options, name)) is not None and value < least:
+            raise _Refused(f"expected --{name} >= {least}, got {value}; {about}")
+    if options.path is not None and options.data is not None:
+        raise _Refused(f"expected PATH or --data, got {options.path} and {options.data}; give one")
     _need_extras()
+    if options.tensorboard and find_spec("tensorboard") is None:
+        raise _Refused("expected the package tensorboard for --tensorboard, got none; run: pip install tensorboard")
+    import torch
+    import torch.distributed as dist
+
+    preset = _changed(options)
+    device = options.device or preset.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise _Refused(f"expected a GPU for --device {device}, got none that torch can use; leave the option out")
+    if not dist.is_torchelastic_launched():
+        _run(preset, options, device)
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    # gloo also beside NCCL, for what is on the CPU: messages between the processes.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    try:
+        preset.parts(dist.get_world_size())
+        _run(preset, options, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _run(preset: Preset, options: argparse.Namespace, device: str) -> None:
+    import torch.distributed as dist
     from rich.console import Console
 
     from . import runs
     from .progress import Progress
 
-    directory = runs_dir / preset.name
-    directory.mkdir(parents=True, exist_ok=True)
-    if fresh:
-        for file in ("results.jsonl", "summary.json", "report.html"):
-            (directory / file).unlink(missing_ok=True)
+    directory = options.runs / preset.name
+    place = runs.Place(
+        directory,
+        device,
+        options.path or options.data,
+        options.cache,
+        options.loaders,
+        options.skip_corrupt,
+        options.tensorboard,
+    )
+    replicas = dist.is_initialized()
+    first = not replicas or dist.get_rank() == 0
+    if first:
+        directory.mkdir(parents=True, exist_ok=True)
+        # torchrun starts the command again after a failure, and that time it goes on.
+        if options.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            for pattern in ("results.jsonl", "summary.json", "report.html", "checkpoints/*"):
+                for file in directory.glob(pattern):
+                    file.unlink()
+    console = Console(soft_wrap=True, quiet=not first)
+    # Before any training: whatever is wrong with the data or the net shows now.
+    if replicas:
+        # One process of each machine fills the cache, for ImageNet in hours.
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))
+        fills = os.environ["LOCAL_RANK"] == "0"
+        if not fills:
+            dist.barrier(patient)
+    data = runs.load(preset, place)
+    if replicas and fills:
+        dist.barrier(patient)
+    runs.check(preset, data)
     results = runs.Results(directory / "results.jsonl")
-    jobs = results.missing(preset, seeds or preset.seeds)
-    total = len(preset.arms) * (seeds or preset.seeds)
-    console = Console(soft_wrap=True)
-    console.print(f"{preset.about}: {len(preset.arms)} arms, {seeds or preset.seeds} seeds.", highlight=False)
+    seeds = options.seeds or preset.seeds
+    whole = _preset(options.preset)  # of which --arms may have chosen a few
+    found = [results.missing(preset, seeds, whole.arms)] if first else [None]
+    if replicas:
+        dist.broadcast_object_list(found)
+    jobs = found[0]
+    assert jobs is not None
+    total = len(preset.arms) * seeds
+    console.print(f"{preset.about}: {len(preset.arms)} arms, {seeds} seeds.", highlight=False)
     if len(jobs) < total:
         console.print(f"{total - len(jobs)} of {total} runs are in {directory} already.", highlight=False)
+    workers = options.workers
+    if replicas or (workers is None and device != "cpu"):
+        workers = 0
+    elif workers is None:
+        workers = _cores()
+    failure: runs.Failed | None = None
     try:
         with Progress(console, total, total - len(jobs)) as progress:
             if jobs:
-                runs.run(preset, results, jobs, _cores() if workers is None else workers, progress)
+                try:
+                    runs.run(preset, place, results, jobs, workers, progress)
+                except runs.Failed as error:
+                    failure = error
             progress.phase("writing the report")
-            summary = _write(preset, results.records, directory)
+            if first and results.records:
+                summary = _write([(whole, results.records)], directory, directory / "report.html")[0]
     except KeyboardInterrupt:
-        kept = total - len(results.missing(preset, seeds or preset.seeds))
+        kept = total - len(results.missing(preset, seeds, whole.arms))
         console.print(
-            f"Stopped. {kept} of {total} runs are done and kept in {directory}; the same command goes on from there.",
+            f"Stopped. {kept} of {total} runs are done and kept in {directory}; the same command goes on from there, "
+            "and from the checkpoints of the others.",
             highlight=False,
         )
         raise
-    _print(summary, preset, console, directory)
+    if first and results.records:
+        _print(summary, whole, console, directory / "report.html")
+    if failure is not None:
+        raise failure
 
 
-def _report(directory: Path, markdown: bool, into: Path | None) -> None:
+def _report(options: argparse.Namespace) -> None:
     _need_extras()
     from rich.console import Console
 
     from . import report, runs
+    from .summary import merge, summarize
 
-    path = directory / "results.jsonl"
-    if not runs.exists(path):
-        raise _Refused(f"expected {path}, got nothing there; `batchrenorm reproduce` makes one, e.g. in runs/digits")
-    results = runs.Results(path)
-    if not results.records:
-        raise _Refused(
-            f"expected finished runs in {path}, got none; `batchrenorm reproduce` goes on where it was stopped"
-        )
-    preset = _preset(results.records[0]["preset"])
-    results.check(preset, versions=False)
-    if markdown or into is not None:
-        from .summary import summarize
-
-        text = report.markdown(preset, summarize(preset, results.records))
-        if into is None:
-            print(text)
-        else:
-            _paste(text, into, preset.name)
+    by_preset: dict[str, list[list[dict[str, Any]]]] = {}
+    for directory in options.runs:
+        path = directory / "results.jsonl"
+        if not runs.exists(path):
+            raise _Refused(
+                f"expected {path}, got nothing there; `batchrenorm reproduce` makes one, e.g. in runs/digits"
+            )
+        records = runs.Results(path).records
+        if not records:
+            raise _Refused(
+                f"expected finished runs in {path}, got none; `batchrenorm reproduce` goes on where it was stopped"
+            )
+        by_preset.setdefault(records[0]["preset"], []).append(records)
+    parts = [(_preset(name), merge(lists)) for name, lists in by_preset.items()]
+    if options.markdown or options.predictions or options.into is not None:
+        for preset, records in parts:
+            summary = summarize(preset, records)
+            text = (report.markdown_predictions if options.predictions else report.markdown)(preset, summary)
+            if options.into is None:
+                print(text)
+            else:
+                name = f"{preset.name}-predictions" if options.predictions else preset.name
+                _paste(text, options.into, name)
         return
     console = Console(soft_wrap=True)
-    _print(_write(preset, results.records, directory), preset, console, directory)
+    single = options.runs[0] if len(options.runs) == 1 else None
+    page = options.output or options.runs[0] / "report.html"
+    for (preset, _), summary in zip(parts, _write(parts, single, page)):
+        _print(summary, preset, console, page)
 
 
 def _paste(text: str, file: Path, name: str) -> None:
@@ -142,19 +316,24 @@ def _paste(text: str, file: Path, name: str) -> None:
     file.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
-def _write(preset: Preset, records: list[dict[str, Any]], directory: Path) -> dict[str, Any]:
+def _write(
+    parts: list[tuple[Preset, list[dict[str, Any]]]], directory: Path | None, page: Path
+) -> list[dict[str, Any]]:
     import json
 
     from . import report, runs
     from .summary import summarize
 
-    summary = summarize(preset, records)
-    runs.write_atomically(directory / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    runs.write_atomically(directory / "report.html", report.page(preset, summary, records))
-    return summary
+    summaries = [summarize(preset, records) for preset, records in parts]
+    if directory is not None:
+        text = json.dumps(summaries[0], indent=2, allow_nan=False) + "\n"
+        runs.write_atomically(directory / "summary.json", text)
+    sections = [(preset, summary, records) for (preset, records), summary in zip(parts, summaries)]
+    runs.write_atomically(page, report.page(sections))
+    return summaries
 
 
-def _print(summary: dict[str, Any], preset: Preset, console: Any, directory: Path) -> None:
+def _print(summary: dict[str, Any], preset: Preset, console: Any, page: Path) -> None:
     from rich.table import Table
 
     from . import report
@@ -169,7 +348,7 @@ def _print(summary: dict[str, Any], preset: Preset, console: Any, directory: Pat
     for judged in summary["predictions"]:
         table.add_row(judged["claim"], report.difference_text(judged), judged["verdict"])
     console.print(table)
-    console.print(f"Report: {(directory / 'report.html').resolve()}", highlight=False)
+    console.print(f"Report: {page.resolve()}", highlight=False)
 
 
 def _preset(name: str) -> Preset:
