@@ -485,3 +485,10 @@ def test_the_paper_schedule_of_imagenet() -> None:
     assert abs(clip["d_full"] - 25_000) < 400
     assert abs(clip["r_full"] - 40_000) < 400
     assert (clip["r_max"], clip["d_max"]) == (3.0, 5.0)
+
+
+@pytest.mark.parametrize("normalizer", ["bn", "group", "layer", "moving-average"])
+def test_every_normaliser_with_averaged_parameters(normalizer: str, tmp_path: Path) -> None:
+    preset = replace(TINY, averaging=0.5, arms=(Arm("baseline", normalizer),), rows=(), figures=(), predictions=())
+    records = runs.run_job(preset, preset.arms[0], 0, runs.Place(tmp_path), lambda step, accuracy: None)
+    assert {r["parameters"] for r in records} == {"last", "averaged"}

@@ -33,11 +33,8 @@ class AveragedNet:
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the net after this many steps."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        current = _values(model)
-        split = len(current) - len(get_averages(model))
-        # Two lists of one dtype each: the statistics come in float64.
-        torch._foreach_lerp_(self.values[:split], current[:split], weight)
-        torch._foreach_lerp_(self.values[split:], current[split:], weight)
+        for average, value in zip(self.values, _values(model)):
+            average.lerp_(value, weight)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
