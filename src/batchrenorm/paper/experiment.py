@@ -119,6 +119,7 @@ class Preset:
     predictions: tuple[Prediction, ...]
     chosen: str  # how the settings were chosen
     caveats: tuple[str, ...]
+    evaluation_items: int = 1000  # of training and of validation images each time; 1.6 points of standard error at most
     image_size: int | None = None  # pixels; None is the data's own
     augment: bool = False
     optimizer: str = "sgd"  # momentum 0.9; or "rmsprop", the paper's: decay 0.9, momentum 0.9
@@ -228,6 +229,7 @@ class Preset:
             "channels_last": self.channels_last,
             "accumulate": self.accumulate,
             "evaluations": self.evaluations,
+            "evaluation_items": self.evaluation_items,
             "batchrenorm": __version__,
             "torch": torch.__version__,
         }

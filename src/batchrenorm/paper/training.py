@@ -30,8 +30,6 @@ from .data import Data, Split
 from .experiment import Arm, Preset
 from .sampling import plan
 
-# Enough for a curve (1.6 points of standard error at most), few enough to cost little beside the training.
-_EVALUATION_ITEMS = 1000
 # A loss is looked at so often: on a GPU looking waits for it.
 _LOOK_EVERY = 50
 
@@ -259,8 +257,8 @@ class _Training:
     def _evaluate(self, watched: dict[str, evaluation.Corrections]) -> None:
         preset, train, val = self.preset, self.data.train, self.data.validation
         splits: dict[str, tuple[Split, Sequence[int]]] = {
-            "train": (train, _every_nth(len(train.y))),
-            "val": (val, _every_nth(len(val.y))),
+            "train": (train, _every_nth(len(train.y), preset.evaluation_items)),
+            "val": (val, _every_nth(len(val.y), preset.evaluation_items)),
         }
         if self.step == self.steps:
             splits["test"] = (self.data.test, range(len(self.data.test.y)))
@@ -386,8 +384,8 @@ def _share_averages(model: nn.Module) -> None:
     normalizers.set_averages(model, list(flat.split([len(average) for average in averages])))
 
 
-def _every_nth(n: int) -> range:
-    return range(0, n, math.ceil(n / _EVALUATION_ITEMS))
+def _every_nth(n: int, items: int) -> range:
+    return range(0, n, math.ceil(n / items))
 
 
 def _mean(seen: Sequence[evaluation.Corrections]) -> dict[str, float | None]:
