@@ -274,8 +274,8 @@ BUGS = [
     Bug(
         "labels drawn without replacement",
         "samplers.py",
-        "torch.randint(len(self._images), (self.labels_per_batch,), generator=generator)",
-        "torch.randperm(len(self._images), generator=generator)[: self.labels_per_batch]",
+        "torch.randint(len(self._counts), (self.labels_per_batch,), generator=generator)",
+        "torch.randperm(len(self._counts), generator=generator)[: self.labels_per_batch]",
         "test_samplers.py::test_sixteen_labels_twice",
     ),
 ]

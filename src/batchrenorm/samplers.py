@@ -82,7 +82,8 @@ class LabelGroupBatchSampler(Sampler[list[int]]):
                 f"expected at least images_per_label={images_per_label} images of every label, got {int(counts[rare])} "
                 f"of label {int(names[rare])}; leave rare labels out or draw fewer images"
             )
-        self._images = order.split(counts.tolist())
+        self._order = order  # the images of a label side by side
+        self._first, self._counts = counts.cumsum(0) - counts, counts.tolist()
         self.labels_per_batch = labels_per_batch
         self.images_per_label = images_per_label
         self.sets_per_batch = sets_per_batch
@@ -127,11 +128,10 @@ class LabelGroupBatchSampler(Sampler[list[int]]):
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {self.epoch} {index}").getrandbits(63))
         batch: list[int] = []
         for _ in range(self.sets_per_batch):
-            labels = torch.randint(len(self._images), (self.labels_per_batch,), generator=generator).tolist()
-            drawn = torch.stack([self._draw(self._images[label], generator) for label in labels])
+            labels = torch.randint(len(self._counts), (self.labels_per_batch,), generator=generator)
+            shuffled = (torch.randperm(self._counts[label], generator=generator) for label in labels.tolist())
+            drawn = torch.stack([places[: self.images_per_label] for places in shuffled])
+            drawn = self._order[drawn + self._first[labels, None]]
             # (labels, parts, images of a label in a part) -> parts first
             batch += drawn.unflatten(1, (self.spread, -1)).transpose(0, 1).flatten().tolist()
         return batch
-
-    def _draw(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        return images[torch.randperm(len(images), generator=generator)[: self.images_per_label]]
