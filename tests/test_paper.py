@@ -102,7 +102,9 @@ def test_report_is_one_page_that_loads_nothing(finished: Path) -> None:
     assert not re.findall(r"""(?:src|href)=["']?(?!["']?#)""", page)
     assert "@import" not in page
     assert len(re.findall(r"url\((?!#)", page)) == 0
-    assert page.count("<svg") == len(TINY.figures) + 4
+    # A redrawn figure has the paper's panel beside ours; four more show r and d.
+    redrawn = sum(figure.paper is not None for figure in TINY.figures)
+    assert page.count("<svg") == len(TINY.figures) + redrawn + 4
     summary = json.loads((finished / "summary.json").read_text())
     for row in report.table(TINY, summary):
         assert row[1] in page
@@ -351,9 +353,10 @@ def test_ctrl_c_keeps_what_is_done_and_ends_the_workers(started: subprocess.Pope
     assert group_ends(started.pid)
     # Workers compute what the main process would.
     arm, seed = sorted(done)[0]
-    here = runs.run_job(presets.smoke, presets.smoke.arm(arm), seed, lambda step, accuracy: None)
+    here = runs.run_job(presets.smoke, presets.smoke.arm(arm), seed, runs.Place(tmp_path), lambda step, accuracy: None)
     there = [r for r in records if (r["arm"], r["seed"]) == (arm, seed)]
-    assert [{**r, "seconds": 0} for r in here] == [{**r, "seconds": 0} for r in there]
+    times = dict.fromkeys(("seconds", "train_seconds", "data_seconds"))
+    assert [r | times for r in here] == [r | times for r in there]
 
 
 # Errors

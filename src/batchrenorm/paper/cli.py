@@ -274,7 +274,7 @@ def _report(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from . import report, runs
-    from .summary import merge, summarize
+    from .summary import merge, repeated, summarize
 
     by_preset: dict[str, list[list[dict[str, Any]]]] = {}
     for directory in options.runs:
@@ -290,6 +290,9 @@ def _report(options: argparse.Namespace) -> None:
             )
         by_preset.setdefault(records[0]["preset"], []).append(records)
     parts = [(_preset(name), merge(lists)) for name, lists in by_preset.items()]
+    for name, lists in by_preset.items():
+        for arm, seed in repeated(lists):
+            print(f"{name}: {arm}, seed {seed} is in several runs; the first counts", file=sys.stderr)
     if options.markdown or options.predictions or options.into is not None:
         for preset, records in parts:
             summary = summarize(preset, records)

@@ -92,7 +92,8 @@ def _training_copy(model: nn.Module) -> nn.Module:
 def _joined(batches: Sequence[Sequence[int]]) -> list[list[int]]:
     """Several minibatches in each forward: their groups are normalised by themselves all the same."""
     together = max(1, _ITEMS // len(batches[0]))
-    return [[*chain.from_iterable(batches[i : i + together])] for i in range(0, len(batches), together)]
+    lists = list(batches)
+    return [[*chain.from_iterable(lists[i : i + together])] for i in range(0, len(lists), together)]
 
 
 @contextmanager
