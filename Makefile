@@ -23,15 +23,20 @@ format: $(VENV)/.dev
 bench: $(VENV)/.bench  ## speed against nn.BatchNorm and the peers
 	$(BIN)/python -m benchmarks run
 
-$(VENV)/.%: pyproject.toml constraints.txt
+SOURCES_OF_LIBRARY := hatch_build.py $(wildcard src/batchrenorm/*.c src/batchrenorm/backends/native*.[ch])
+
+$(VENV)/.%: pyproject.toml constraints.txt $(SOURCES_OF_LIBRARY)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e '.[$(if $(filter dev,$*),paper$(comma)dev,$*)]'
 	touch $@
 
 comma := ,
 
-readme:  ## the tables in README.md and BENCHMARKS.md, from the committed results
+readme:  ## the tables in README.md, EXPERIMENTS.md and BENCHMARKS.md, and the report, from the committed results
 	$(BIN)/batchrenorm report results/digits --into README.md
+	$(BIN)/batchrenorm report results/omniglot results/fashion-mnist --into EXPERIMENTS.md
+	$(BIN)/batchrenorm report results/digits results/omniglot results/fashion-mnist --predictions --into EXPERIMENTS.md
+	$(BIN)/batchrenorm report results/omniglot results/fashion-mnist results/digits --output results/report.html
 	$(BIN)/python -m benchmarks table --headline --into README.md
 	$(BIN)/python -m benchmarks table --into BENCHMARKS.md
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.utils._device import _device_constructors
 
-from batchrenorm.backends import aten
+from batchrenorm.backends import aten, native
+from batchrenorm.library import LIBRARY
 
 hypothesis.settings.register_profile(
     "ci",
@@ -37,23 +38,37 @@ _device_constructors()
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", help="of tests/test_device.py (default: cuda, where there is one)")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["small", "large"])
-def aten_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The ATen backend has a shorter way for small x; "large" is the other way, for x of any size: tests stay quick."""
-    if request.param == "large":
+NO_LIBRARY = "the package was installed without a C compiler"
+
+
+@pytest.fixture(params=["native", "aten-small", "aten-large"])
+def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What `backend=None` may come to on the CPU: C, or ATen where there is none, for small x or, of any size, large."""
+    if request.param == "native":
+        if LIBRARY is None:
+            pytest.skip(NO_LIBRARY)
+    else:
+        monkeypatch.setattr(native, "LIBRARY", None)
+    if request.param == "aten-large":
         monkeypatch.setattr(aten, "_SMALL", -1)
     return request.param
 
 
-@pytest.fixture(params=["aten-small", "aten-large", "decomposed"])
+@pytest.fixture(params=["native", "aten-small", "aten-large", "decomposed"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every computation that there is; the value is an argument of `batch_renorm`."""
     name, _, size = request.param.partition("-")
+    if name == "native" and LIBRARY is None:
+        pytest.skip(NO_LIBRARY)
     if size == "large":
         monkeypatch.setattr(aten, "_SMALL", -1)
     return name

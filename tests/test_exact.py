@@ -359,7 +359,7 @@ def test_masks(shape: str, layout: str, microbatch_size: int | None, dtype: torc
     run(SHAPES[shape], dtype, masked=True, layout=layout, microbatch_size=microbatch_size)
 
 
-def test_mask_of_all_true_is_no_mask(aten_size: str) -> None:
+def test_mask_of_all_true_is_no_mask(cpu: str) -> None:
     for shape in SHAPES.values():
         x, dy = minibatch(shape, 0)
         mask = torch.ones((shape[0], *shape[2:]), dtype=torch.bool)
@@ -442,7 +442,7 @@ MODULES = {"2d": brn.BatchRenorm1d, "3d": brn.BatchRenorm1d, "4d": brn.BatchReno
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("shape", MODULES)
 def test_modules(
-    aten_size: str, shape: str, dtype: torch.dtype, microbatch_size: int | None, masked: bool, affine: bool
+    cpu: str, shape: str, dtype: torch.dtype, microbatch_size: int | None, masked: bool, affine: bool
 ) -> None:
     """The layer brings its own averages, schedule and counter; in inference it normalises by those averages."""
     eps = 1e-3
@@ -544,7 +544,7 @@ def _memory_format(x: Tensor) -> tuple[bool, ...]:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_dtype_and_memory_format_are_the_inputs(
-    aten_size: str, layout: str, dtype: torch.dtype, microbatch_size: int | None, training: bool, masked: bool
+    cpu: str, layout: str, dtype: torch.dtype, microbatch_size: int | None, training: bool, masked: bool
 ) -> None:
     for shape in ((4, 6, 3, 5), (6, 3, 4, 2, 3)):
         x, dy = minibatch(shape, 0, dtype)
@@ -673,7 +673,7 @@ def test_statistics_of_half_input_are_float32(dtype: torch.dtype, backend: str) 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("training", [True, False])
-def test_half_module(aten_size: str, dtype: torch.dtype, training: bool) -> None:
+def test_half_module(cpu: str, dtype: torch.dtype, training: bool) -> None:
     """`.half()` and `.bfloat16()` on a model, which converts parameters and averages but not the counter."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), brn.BatchRenorm2d(8, clip=brn.ClipSchedule.constant())).to(dtype)
     model.train(training)
@@ -690,7 +690,7 @@ def test_half_module(aten_size: str, dtype: torch.dtype, training: bool) -> None
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("microbatch_size", [None, 2])
 @pytest.mark.parametrize("training", [True, False])
-def test_autocast(aten_size: str, training: bool, microbatch_size: int | None, masked: bool) -> None:
+def test_autocast(cpu: str, training: bool, microbatch_size: int | None, masked: bool) -> None:
     """Under autocast the layer gets bfloat16 from a convolution and keeps its own float32; float32 in stays float32."""
     conv = nn.Conv2d(3, 8, 3, padding=1)
     layer = brn.BatchRenorm2d(8, momentum=0.3, clip=brn.ClipSchedule.constant(), microbatch_size=microbatch_size)
@@ -753,7 +753,7 @@ def test_gradgradcheck(masked: bool) -> None:
 
 @pytest.mark.parametrize("through", ["grad", "backward"])
 @pytest.mark.parametrize("dy_requires_grad", [True, False])
-def test_double_backward_is_right_or_refused(aten_size: str, dy_requires_grad: bool, through: str) -> None:
+def test_double_backward_is_right_or_refused(cpu: str, dy_requires_grad: bool, through: str) -> None:
     """A backend whose backward has no derivative must say so: no gradient penalty may drop out of a loss silently.
 
     torch's `once_differentiable` does not see to it: it lets a cotangent without requires_grad pass, and its error sits
@@ -782,7 +782,7 @@ def test_double_backward_is_right_or_refused(aten_size: str, dy_requires_grad: b
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_without_averages_it_is_batch_norm(aten_size: str, training: bool) -> None:
+def test_without_averages_it_is_batch_norm(cpu: str, training: bool) -> None:
     x, dy = minibatch(SHAPES["4d"], 0)
     layer = brn.BatchRenorm2d(6, track_running_stats=False, dtype=torch.float64).train(training)
     norm = nn.BatchNorm2d(6, track_running_stats=False, dtype=torch.float64).train(training)

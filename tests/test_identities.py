@@ -46,7 +46,7 @@ def per_channel(v: Tensor, like: Tensor) -> Tensor:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("shape", SHAPES_AND_LARGE, ids=str)
 def test_closed_limits_are_batch_norm_to_the_last_bit(
-    aten_size: str, shape: tuple[int, ...], layout: str, weighted: bool, biased: bool
+    cpu: str, shape: tuple[int, ...], layout: str, weighted: bool, biased: bool
 ) -> None:
     """r_max = 1, d_max = 0, in float64 on the CPU: y and all gradients."""
     x, dy, weight, bias, mean, var = inputs(shape, layout)
@@ -66,7 +66,7 @@ def test_closed_limits_are_batch_norm_to_the_last_bit(
         assert torch.equal(ours, theirs)
 
 
-def test_warm_up_is_batch_norm_to_the_last_bit(aten_size: str) -> None:
+def test_warm_up_is_batch_norm_to_the_last_bit(cpu: str) -> None:
     """The layer, from its first forward through the last of the warm-up; the one after is another function."""
     layer = brn.BatchRenorm2d(4, clip=brn.ClipSchedule(warmup=3, d_full=6, r_full=6), dtype=torch.float64)
     norm = torch.nn.BatchNorm2d(4, dtype=torch.float64)
@@ -115,7 +115,7 @@ def test_unclipped_training_is_inference(shape: tuple[int, ...], microbatch_size
     assert ((y - expected).abs() <= 1e-13 * sigma_B_ratio * terms.amax()).all()
 
 
-def test_unclipped_layer_in_training_is_the_layer_in_inference(aten_size: str) -> None:
+def test_unclipped_layer_in_training_is_the_layer_in_inference(cpu: str) -> None:
     layer = brn.BatchRenorm2d(4, clip=brn.ClipSchedule.constant(1e6, 1e6), momentum=0.3, dtype=torch.float64)
     for _ in range(5):
         x = torch.randn(6, 4, 3, 3, dtype=torch.float64) * 3 - 1
@@ -124,7 +124,7 @@ def test_unclipped_layer_in_training_is_the_layer_in_inference(aten_size: str) -
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_unclipped_training_is_inference_in_half(aten_size: str, dtype: torch.dtype) -> None:
+def test_unclipped_training_is_inference_in_half(cpu: str, dtype: torch.dtype) -> None:
     """Statistics in half would be off by 2**-9 of the mean; two roundings of the same number differ by one ulp."""
     layer = brn.BatchRenorm2d(4, clip=brn.ClipSchedule.constant(1e6, 1e6))
     x = (torch.randn(8, 4, 6, 6) + 20).to(dtype)

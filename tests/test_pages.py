@@ -1,4 +1,4 @@
-"""What README.md and BENCHMARKS.md say is what the committed results say, and their code runs."""
+"""What README.md, EXPERIMENTS.md and BENCHMARKS.md say is what the committed results say, and their code runs."""
 
 from __future__ import annotations
 
@@ -20,16 +20,29 @@ def between(page: str, name: str) -> str:
     return found[1]
 
 
-def test_table_of_digits() -> None:
+@pytest.mark.parametrize(
+    ("name", "page"), [("digits", "README.md"), ("omniglot", "EXPERIMENTS.md"), ("fashion-mnist", "EXPERIMENTS.md")]
+)
+def test_tables_of_experiments(name: str, page: str) -> None:
     pytest.importorskip("matplotlib", reason="the extra 'paper' is not installed")
     from batchrenorm.paper import presets, report, runs, summary
 
-    results = runs.Results(ROOT / "results" / "digits" / "results.jsonl")
-    results.check(presets.digits, versions=False)
+    preset = presets.PRESETS[name]
+    results = runs.Results(ROOT / "results" / name / "results.jsonl")
+    results.check(preset, versions=False)
     assert {record["commit"].endswith("-dirty") for record in results.records} == {False}
-    text = report.markdown(presets.digits, summary.summarize(presets.digits, results.records))
-    assert between(README, "digits") == text
+    found = summary.summarize(preset, results.records)
+    text = report.markdown(preset, found)
+    assert between((ROOT / page).read_text(encoding="utf-8"), name) == text
     assert text.count("\n") > 10
+    experiments = (ROOT / "EXPERIMENTS.md").read_text(encoding="utf-8")
+    assert between(experiments, f"{name}-predictions") == report.markdown_predictions(preset, found)
+
+
+def test_the_committed_report_is_small_and_loads_nothing() -> None:
+    page = (ROOT / "results" / "report.html").read_text(encoding="utf-8")
+    assert len(page.encode()) < 2e6
+    assert "://" not in page
 
 
 @pytest.mark.parametrize(("page", "headline"), [("README.md", True), ("BENCHMARKS.md", False)])
@@ -63,6 +76,7 @@ def test_commands_of_the_readme_exist() -> None:
 
 
 def test_links_of_the_readme_exist() -> None:
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
-    assert len(links) >= 4
+    experiments = (ROOT / "EXPERIMENTS.md").read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README + experiments) if "://" not in link]
+    assert len(links) >= 6
     assert all((ROOT / link).exists() for link in links)

@@ -14,7 +14,9 @@ from torch import Tensor
 
 import batchrenorm as brn
 from batchrenorm.backends import aten
+from batchrenorm.library import LIBRARY
 
+BACKENDS = ["aten", "decomposed", None, *(["native"] if LIBRARY else [])]
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
@@ -64,7 +66,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
         "d_max": draw(st.sampled_from([0.0, 0.1, 5.0]) | st.floats(0, 100)),
         "microbatch_size": size,
         "small": draw(st.sampled_from([-1, 2**15])),
-        "backend": "decomposed" if mask is not None else draw(st.sampled_from(["aten", "decomposed", None])),
+        "backend": "decomposed" if mask is not None else draw(st.sampled_from(BACKENDS)),
     }
 
 

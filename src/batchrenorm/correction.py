@@ -22,7 +22,8 @@ from torch.autograd.function import BackwardCFunction
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointPolicy
 
-from .backends import aten
+from .backends import aten, native
+from .library import CORRECT, LIBRARY, STEP
 
 PENDING_FORWARDS = 64
 """How many forwards of one layer may wait for backwards that recompute (a pipeline keeps several in flight)."""
@@ -88,6 +89,74 @@ def correct(
     return r, d, move
 
 
+def in_one_call(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    step: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    alpha: float,
+    eps: float,
+    r_max: float,
+    d_max: float,
+    size: int,
+    layer: Tensor,
+) -> Tensor:
+    """The whole training step with `backends.native`: moments, `correction.c` for `correct`, affine, move.
+
+    The same numbers, but for small x the calls that it saves would take most of the time.
+    """
+    vectors = native.vectors(x, size, more=5)
+    rows, C = vectors.shape
+    groups = rows // 5 - 1
+    address, itemsize = vectors.data_ptr(), vectors.itemsize
+    packed = STEP.pack(
+        address,
+        running_mean.data_ptr(),
+        running_var.data_ptr(),
+        0 if step is None else step.data_ptr(),
+        address + 5 * groups * C * itemsize,
+        groups,
+        C,
+        itemsize,
+        alpha,
+        eps,
+        r_max,
+        d_max,
+    )
+    node = _node_of_this_forward()
+    y = native.forward(x, weight, bias, vectors, eps, size, (CORRECT, packed))
+    if _may_be_repeated():
+        # To be found by, so as a recomputation will compute it, to the last bit.
+        mean = vectors[0] if groups == 1 else vectors[:groups].mean(0)
+        sigma = vectors[5 * groups + 2]
+        history = _history(layer)
+        history.record(history.forwards, mean, running_mean.clone(), sigma, r_max, d_max, node)
+    LIBRARY.brn_move(packed)  # type: ignore[union-attr]
+    # What writes through a pointer has to tell autograd.
+    written = (running_mean, running_var) if step is None else (running_mean, running_var, step)
+    torch.autograd.graph.increment_version(written)
+    return y
+
+
+def suits_one_call(
+    running_mean: Tensor | None, running_var: Tensor | None, step: Tensor | None, mask: Tensor | None, x: Tensor
+) -> bool:
+    """Whether `in_one_call` is for these, of which native has no `refusal`, and this forward is no repetition."""
+    if running_mean is None or running_var is None or mask is not None or torch._C._current_graph_task_id() != -1:
+        return False
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        running_mean.dtype == running_var.dtype == dtype
+        and running_mean.is_contiguous()
+        and running_var.is_contiguous()
+        and not running_mean.requires_grad
+        and not running_var.requires_grad
+        and (step is None or step.dtype == torch.int64)
+    )
+
+
 def _stay() -> None:
     """A recomputation moves nothing."""
 
@@ -127,13 +196,17 @@ def _used_averages(
     if mu.dtype != mean.dtype:
         mu, var = mu.to(mean.dtype), var.to(mean.dtype)
     sigma = (var + aten.as_tensor(eps)).sqrt_()
-    # Saved-tensor hooks (the non-reentrant checkpoint) or no gradients (the reentrant one, compiled code): without
-    # either, nothing can ask for this forward again.
-    if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+    if _may_be_repeated():
         mu = mu.clone() if mu is running_mean else mu  # the caller will write it
         history = _history(layer)
-        history.record(history.forwards, mean, mu, sigma, r_max, d_max)
+        history.record(history.forwards, mean, mu, sigma, r_max, d_max, _node_of_this_forward())
     return _Use(mean, std, mu, sigma, r_max, d_max, False)
+
+
+def _may_be_repeated() -> bool:
+    # Saved-tensor hooks (the non-reentrant checkpoint) or no gradients (the reentrant one, compiled code): without
+    # either, nothing can ask for this forward again.
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _r_d(mu_B: Tensor, sigma_B: Tensor, use: _Use) -> tuple[Tensor, Tensor]:
@@ -160,6 +233,11 @@ def _moved(
     new_mean, new_var = new_mean.to(running_mean.dtype), new_var.to(running_var.dtype)
     finite = new_mean.isfinite() & new_var.isfinite()
     return torch.where(finite, new_mean, running_mean), torch.where(finite, new_var, running_var)
+
+
+def _node_of_this_forward() -> int:
+    """The number of the autograd node that comes next, or of the last one if this forward has none."""
+    return torch.autograd._get_sequence_nr() - (0 if torch.is_grad_enabled() else 1)  # type: ignore[attr-defined]
 
 
 def _history(layer: Tensor) -> _History:
@@ -205,10 +283,9 @@ class _History:
         sigma: Tensor,
         r_max: float | Tensor,
         d_max: float | Tensor,
+        node: int,
     ) -> None:
-        grad = torch.is_grad_enabled()
-        node = torch.autograd._get_sequence_nr() - (0 if grad else 1)  # type: ignore[attr-defined]
-        where.append(_Entry(mean, mu, sigma, r_max, d_max, node, grad))
+        where.append(_Entry(mean, mu, sigma, r_max, d_max, node, torch.is_grad_enabled()))
 
     def recall(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The (mu, sigma, r_max, d_max) of the forward whose minibatch had this mean.
@@ -237,7 +314,7 @@ class _History:
             mu = torch.where(gap > _TOLERANCE, math.nan, mu)  # NaN gradients say what an error cannot say in time
         elif gap > _TOLERANCE:
             raise RuntimeError(_NO_MATCH)
-        self.record(self.repeats, mean, mu, sigma, r_max, d_max)
+        self.record(self.repeats, mean, mu, sigma, r_max, d_max, _node_of_this_forward())
         return mu, sigma, r_max, d_max
 
 
@@ -249,7 +326,7 @@ def _ranks(entries: list[_Entry]) -> list[int]:
     """
     current = torch._C._current_autograd_node()
     number = current._sequence_nr()
-    contains_forwards = isinstance(current, BackwardCFunction) and not isinstance(current, aten.AffineBackward)
+    contains_forwards = isinstance(current, BackwardCFunction) and not isinstance(current, _OWN_NODES)
     ranks = []
     for entry in entries:
         if entry.grad:
@@ -258,6 +335,8 @@ def _ranks(entries: list[_Entry]) -> list[int]:
             ranks.append(2**62 - entry.node if contains_forwards and entry.node >= number else -1)
     return ranks
 
+
+_OWN_NODES = (aten.AffineBackward, native.AffineBackward)
 
 # In units of sigma. Rounding to bfloat16 moves a value by 1e-3 of itself and the mean of 32 by 2e-4; two minibatches of
 # n values lie n**-0.5 apart in each of C channels, all of which would have to fall below this.

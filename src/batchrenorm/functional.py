@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import aten, decomposed
-from .correction import correct, is_plain_eager
+from .backends import aten, decomposed, native
+from .correction import correct, in_one_call, is_plain_eager, suits_one_call
 from .schedule import check_limits
 
-BACKENDS: dict[str, ModuleType] = {"aten": aten, "decomposed": decomposed}
+BACKENDS: dict[str, ModuleType] = {"aten": aten, "decomposed": decomposed, "native": native}
 
 
 def batch_renorm(
@@ -64,7 +64,8 @@ def batch_renorm(
         mask: bool, ``(N, *spatial)``, True = a real element. Only real elements enter the statistics; the others are
             mapped like them (what is not finite there counts as 0). Ignored in inference by averages.
         process_group: statistics over all replicas; not available yet.
-        backend: "aten" or "decomposed"; None chooses.
+        backend: "native" (C, on the CPU), "aten" (torch's batch-norm kernels) or "decomposed" (plain operators); None
+            chooses.
 
     Returns:
         y, with the shape, dtype and memory format of x.
@@ -134,10 +135,11 @@ def renormalize(
     if running_mean is None and mask is None and size == x.shape[0] and backend is None:
         return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
     plain = is_plain_eager(x)
-    if backend:
-        passes = BACKENDS[backend]
-    else:
-        passes = aten if plain and mask is None and (x.is_cpu or x.is_cuda) else decomposed
+    passes = _choose(backend, plain, mask, x, weight, bias, running_mean, running_var, step)
+    if passes is native and suits_one_call(running_mean, running_var, step, mask, x):
+        layer = running_mean if layer is None else layer
+        limits = float(alpha), eps, float(r_max), float(d_max)
+        return in_one_call(x, running_mean, running_var, step, weight, bias, *limits, size, layer)  # type: ignore
     share = None
     if mask is not None:
         x = torch.where(mask.unsqueeze(1) | x.isfinite(), x, 0)
@@ -163,6 +165,22 @@ def renormalize(
     y = passes.affine(x, moments, eps, r, d, weight, bias, size)
     move()
     return y
+
+
+def _choose(backend: str | None, plain: bool, mask: Tensor | None, x: Tensor, *others: Tensor | None) -> ModuleType:
+    if backend is not None and backend != "native":
+        return BACKENDS[backend]
+    if backend is None and (not plain or mask is not None):
+        return decomposed
+    refusal = native.refusal(x, *others) if plain else "a compiler, a transform or a mode is at work"
+    if backend is not None:
+        if refusal is None:
+            return native
+        raise RuntimeError(f"expected what backend='native' can do, got this: {refusal}; use backend=None, which chooses")
+    # In float64, which is for checking, bitwise torch's own.
+    if refusal is None and x.dtype != torch.float64:
+        return native
+    return aten if x.is_cpu or x.is_cuda else decomposed
 
 
 def _inference(

@@ -122,10 +122,7 @@ class _Affine(torch.autograd.Function):
         mean, std, eps, scale, shift, size, w = ctx.constants
         need_x, need_weight, need_bias, _ = needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # under create_graph: this gradient may be differentiated again
-            y = decomposed.affine(x, decomposed.moments(x, eps, size), eps, scale, shift, weight, bias, size)
-            wanted = [v for v, need in zip((x, weight, bias), needs) if need]
-            gradients = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-            return *(next(gradients) if need else None for need in needs[:3]), None
+            return *decomposed.gradients(needs, grad, x, eps, scale, shift, weight, bias, size), None
 
         sums = need_weight or need_bias
         mask = [need_x, need_weight, sums]

@@ -49,6 +49,24 @@ def affine(
     return y.to(x.dtype)
 
 
+def gradients(
+    needs: tuple[bool, ...],
+    grad: Tensor,
+    x: Tensor,
+    eps: float,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    size: int,
+) -> tuple[Tensor | None, ...]:
+    """Those of `affine` of x, weight and bias, where needed, differentiable again: a node in Python has no derivative."""
+    y = affine(x, moments(x, eps, size), eps, scale, shift, weight, bias, size)
+    wanted = [v for v, need in zip((x, weight, bias), needs) if need and v is not None]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return tuple(next(found) if need else None for need in needs[:3])
+
+
 def _mean_var(x: Tensor, mask: Tensor | None, dims: list[int]) -> tuple[Tensor, Tensor]:
     if mask is None:
         var, mean = torch.var_mean(x, dims, correction=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,16 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
 
     Raises:
         ValueError: the file is damaged.
+        OSError: it could not be read.
     """
+    content = io.BytesIO(path.read_bytes())
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        # torch writes checksums and does not look at them.
+        if (damaged := zipfile.ZipFile(content).testzip()) is not None:
+            raise ValueError(f"{damaged} is damaged")
+        content.seek(0)
+        return torch.load(content, map_location=device, weights_only=True)
+    except Exception as error:  # whatever torch makes of a damaged file, and that is a lot
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"expected a checkpoint in {path}, got a file that cannot be read ({reason}); delete it, and that training "

@@ -48,6 +48,8 @@ class MovingAverageNorm(nn.Module):
         y = (x - mu) / sigma * weight + bias
         if self.training:
             with torch.no_grad():
+                # Under autocast x may be of half precision, which the averages never are.
+                x = x.to(self.running_mean.dtype)
                 var, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
                 # Not in place: the backward still needs the old ones.
                 self.running_mean = torch.lerp(self.running_mean, mean, self.momentum)

@@ -13,6 +13,7 @@ import json
 import math
 import random
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,15 +86,14 @@ def train(
         Lost: another process is gone.
         ValueError: the checkpoint was made with other settings.
     """
-    training = _Training(preset, arm, seed, data, device, checkpoint)
     try:
-        return training.run(progress, watch)
+        return _Training(preset, arm, seed, data, device, checkpoint).run(progress, watch)
     except RuntimeError as error:
         # Under gloo and NCCL a dead process shows as an error of the collective in which the others wait.
         if dist.is_initialized() and not isinstance(error, Diverged) and _is_of_a_collective(error):
             reason = str(error).strip().partition("\n")[0]
             raise Lost(
-                f"expected {dist.get_world_size()} processes, but one is gone after step {training.step} of "
+                f"expected {dist.get_world_size()} processes, but one is gone in the training of "
                 f"{arm.name}, seed {seed} ({reason}); start the same command again, it goes on from the last checkpoint"
             ) from error
         raise
@@ -166,10 +166,12 @@ class _Training:
                 watch("loss", loss.item(), self.step)
                 watch("learning rate", float(self.schedule.get_last_lr()[0]), self.step)
             if watched is not None:
+                before = len(self.records)
                 self._evaluate(watched)
                 if watch is not None:
-                    for record in self.records[-1:]:
-                        watch(f"accuracy/{record['split']}", record["accuracy"], self.step)
+                    for found in self.records[before:]:
+                        what = f"{found['split']}/{found['statistics']}/{found['parameters']}"
+                        watch(f"accuracy/{what}", found["accuracy"], self.step)
             if self.step % preset.checkpoint_every == 0 and self.step < self.steps:
                 self.save()
             try:
@@ -224,7 +226,10 @@ class _Training:
             loss /= self.replicas
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.schedule.step()
+        with warnings.catch_warnings():
+            # The first step of float16 is often left out, for its scale is still too large; torch takes it for forgotten.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            self.schedule.step()
         if self.averaged is not None:
             self.averaged.update(self.model, self.step + 1)
         self.finite &= loss.isfinite()
@@ -333,7 +338,7 @@ class _Training:
         (state,) = found
         if state is None:
             return
-        if state["settings"] != self._settings:
+        if state.get("settings") != self._settings:
             raise ValueError(
                 f"expected a checkpoint of the present settings in {self.checkpoint}, got one of other settings or "
                 "versions; start over with --fresh, or choose another directory with --runs"

@@ -1,0 +1,182 @@
+"""The heavy passes in C, `native.c`: eager CPU, where the package was built with a C compiler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..library import LIBRARY, PARALLEL, PASS
+from . import Moments, decomposed
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # TYPES in native.c
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+# Up to this many elements waking other threads costs more than they save.
+_ONE_THREAD = 2**15
+
+
+def refusal(x: Tensor, *others: Tensor | None) -> str | None:
+    """Why there can be no raw pointers to these, or None."""
+    if LIBRARY is None:
+        return "this package was installed without a C compiler"
+    if x.dtype not in _TYPES:
+        return f"x of {x.dtype}"
+    for t in (x, *others):
+        if t is not None and not (t.is_cpu and type(t) in _PLAIN):
+            return f"a {type(t).__name__} on {t.device}"
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return "a tensor that has left a transform of torch.func"
+    return "torch.jit at work" if torch._C._get_tracing_state() is not None else None
+
+
+def moments(x: Tensor, eps: float, size: int, mask: Tensor | None = None) -> Moments:
+    if mask is not None:
+        raise ValueError("expected mask=None with backend='native', got a mask; use backend=None or 'decomposed'")
+    statistics = vectors(x, size)
+    x = _in_order(x.detach())  # the derivative is in _Affine
+    _run("brn_moments", x, statistics, eps, size)
+    mean, var, std, _, _ = statistics.chunk(5) if size < x.shape[0] else statistics
+    return mean, var, std
+
+
+def affine(
+    x: Tensor,
+    moments: Moments,
+    eps: float,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    size: int,
+) -> Tensor:
+    statistics = torch.stack([*moments, scale, shift]).view(-1, x.shape[1])
+    return forward(x, weight, bias, statistics, eps, size)
+
+
+def vectors(x: Tensor, size: int, more: int = 0) -> Tensor:
+    """Memory for mean, var, std, scale and shift of G groups, ``(5 * G + more, C)``."""
+    N, C = x.shape[:2]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty((5 * -(-N // size) + more, C), dtype=dtype)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    eps: float,
+    size: int,
+    between: tuple[int, bytes] | None = None,
+) -> Tensor:
+    """`affine`; or with `between`, address and argument of a C function that makes scale and shift, both passes.
+
+    `statistics` begins with mean, var, std, scale and shift, as `vectors` gives it.
+    """
+    return _apply(x, weight, bias, (statistics, eps, size, between))
+
+
+class _Affine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, constants: tuple[Any, ...]) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        # Vectors that nobody else writes or differentiates; as attributes they cost no packing and unpacking.
+        ctx.constants = constants
+        statistics, eps, size, between = constants
+        x = _in_order(x)
+        y = torch.empty_like(x)
+        weight, bias = _vector(weight, statistics), _vector(bias, statistics)
+        _run("brn_affine", x, statistics, eps, size, None, y, weight, bias, between=between)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        statistics, eps, size, _ = ctx.constants
+        need_x, need_weight, need_bias, _ = needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # under create_graph: this gradient may be differentiated again
+            groups = -(-x.shape[0] // size)
+            scale, shift = (v if groups > 1 else v[0] for v in statistics[: 5 * groups].chunk(5)[3:])
+            return *decomposed.gradients(needs, grad, x, eps, scale, shift, weight, bias, size), None
+        x = _in_order(x)
+        grad = _in_order(grad) if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
+        gx = torch.empty_like(x) if need_x else None
+        gw = torch.empty_like(weight, dtype=statistics.dtype) if need_weight else None
+        gb = torch.empty_like(bias, dtype=statistics.dtype) if need_bias else None
+        _run("brn_backward", x, statistics, eps, size, grad, gx, _vector(weight, statistics), None, gw, gb)
+        if gw is not None and gw.dtype != weight.dtype:
+            gw = gw.to(weight.dtype)
+        if gb is not None and gb.dtype != bias.dtype:
+            gb = gb.to(bias.dtype)
+        return gx, gw, gb, None
+
+
+# Past `Function.apply`, which looks for transforms of torch.func; with these at work this backend is not chosen.
+_apply = super(torch.autograd.Function, _Affine).apply
+
+AffineBackward: type = _Affine._backward_cls
+"""The class of this backend's nodes in autograd's graph."""
+
+
+def _run(
+    name: str,
+    x: Tensor,
+    statistics: Tensor,
+    eps: float,
+    size: int,
+    dy: Tensor | None = None,
+    out: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    weight_grad: Tensor | None = None,
+    bias_grad: Tensor | None = None,
+    between: tuple[int, bytes] | None = None,
+) -> None:
+    """Call a function of native.c with its `struct pass`."""
+    shape = x.shape
+    N, C = shape[0], shape[1]
+    elements = x.numel()
+    S = elements // (N * C)
+    size = min(size, N)
+    rows = S == 1 or not x.is_contiguous()
+    if rows:
+        N, S, size = N * S, 1, size * S
+    packed = PASS.pack(
+        x.data_ptr(),
+        0 if dy is None else dy.data_ptr(),
+        0 if out is None else out.data_ptr(),
+        statistics.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if weight_grad is None else weight_grad.data_ptr(),
+        0 if bias_grad is None else bias_grad.data_ptr(),
+        PARALLEL,
+        torch.get_num_threads() if elements > _ONE_THREAD else 1,
+        _TYPES[x.dtype],
+        rows,
+        N,
+        C,
+        S,
+        size,
+        eps,
+    )
+    failed = getattr(LIBRARY, name)(packed) if between is None else LIBRARY.brn_forward(packed, *between)  # type: ignore
+    if failed:
+        raise MemoryError("expected memory for vectors of length C, got none; use smaller tensors")
+
+
+def _in_order(x: Tensor) -> Tensor:
+    """With the elements in memory as NC* or N*C, whichever is nearer, and as they are."""
+    if x.is_neg():
+        x = x.resolve_neg()
+    if x.is_contiguous():
+        return x
+    return x.contiguous(memory_format=torch._prims_common.suggest_memory_format(x))
+
+
+def _vector(vector: Tensor | None, like: Tensor) -> Tensor | None:
+    if vector is None or (vector.dtype == like.dtype and vector.is_contiguous()):
+        return vector
+    return vector.to(like.dtype).contiguous()

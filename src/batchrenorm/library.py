@@ -1,0 +1,47 @@
+"""The package's own C (`backends/native.c`, `correction.c`), if it was built when the package was installed."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from pathlib import Path
+
+import torch
+
+PASS = struct.Struct("9P7qd")
+"""`struct pass` of native.c, as far as the caller fills it."""
+STEP = struct.Struct("5P3q4d")
+"""`struct step` of correction.c."""
+
+
+def _load() -> ctypes.CDLL | None:
+    capability = torch.backends.cpu.get_cpu_capability()
+    variant = "avx2" if capability.startswith("AVX") else "default"
+    path = Path(__file__).parent / f"native_{variant}.so"
+    if not path.exists():
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError:  # built for another machine or C library
+        return None
+    for function in (library.brn_moments, library.brn_affine, library.brn_backward, library.brn_move):
+        function.argtypes = [ctypes.c_char_p]
+    library.brn_forward.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_char_p]
+    # One that was built from other sources would read something else where these are packed.
+    sizes = library.brn_size_of_pass(), library.brn_size_of_step()
+    return library if sizes == (PASS.size, STEP.size) else None
+
+
+def _parallel_region() -> int:
+    """Address of OpenMP's entry in the runtime that torch has loaded, and so of torch's own threads; 0 without."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value or 0
+    except (AttributeError, OSError, TypeError):
+        return 0
+
+
+LIBRARY = _load()
+"""None where there was no C compiler: everything has a form in torch operators."""
+PARALLEL = 0 if LIBRARY is None else _parallel_region()
+CORRECT = 0 if LIBRARY is None else ctypes.cast(LIBRARY.brn_correct, ctypes.c_void_p).value or 0
+"""Address of the function that `brn_forward` calls between the passes."""
