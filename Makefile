@@ -33,6 +33,8 @@ $(VENV)/.%: pyproject.toml constraints.txt $(SOURCES_OF_LIBRARY)
 comma := ,
 
 readme:  ## the tables in README.md, EXPERIMENTS.md and BENCHMARKS.md, and the report, from the committed results
+	for preset in digits omniglot fashion-mnist; do \
+	  $(BIN)/batchrenorm report results/$$preset --output results/report.html >/dev/null || exit; done
 	$(BIN)/batchrenorm report results/digits --into README.md
 	$(BIN)/batchrenorm report results/omniglot results/fashion-mnist --into EXPERIMENTS.md
 	$(BIN)/batchrenorm report results/digits results/omniglot results/fashion-mnist --predictions --into EXPERIMENTS.md

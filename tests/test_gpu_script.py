@@ -1,0 +1,56 @@
+"""scripts/gpu.sh, rehearsed without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [ROOT / "scripts" / "gpu.sh", "--toy", "--out", str(out), *arguments],
+        env={**os.environ, "PYTHON": sys.executable},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.mark.slow
+def test_every_stage_runs_and_leaves_its_results(tmp_path: Path) -> None:
+    for module in ("sklearn", "rich", "matplotlib"):
+        pytest.importorskip(module, reason="needs the extra: pip install 'batchrenorm[paper]'")
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stdout
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts["toy"] is True
+    assert facts["copy"]["GB/s read and written"] > 0
+    assert "passed" in (tmp_path / "tests.log").read_text()
+    assert "tiny conv" in (tmp_path / "benchmarks.log").read_text()
+    arms = {
+        json.loads(line)["arm"] for line in (tmp_path / "runs" / "smoke" / "results.jsonl").read_text().splitlines()
+    }
+    assert {"microbatch/brn", "noniid/brn"} <= arms
+    assert (tmp_path / "stages.log").read_text().count("exit 0") == 4
+    # Started again, a finished stage has nothing to do.
+    assert "runs are in" in run(tmp_path, "experiments").stdout
+
+
+def test_a_stage_that_outlasts_its_limit_is_stopped(tmp_path: Path) -> None:
+    done = run(tmp_path, "--limit", "1", "tests")
+    assert done.returncode == 1
+    assert "== tests: exit 124" in done.stdout
+
+
+def test_unknown_stage(tmp_path: Path) -> None:
+    done = run(tmp_path, "everything")
+    assert done.returncode == 2
+    assert "expected a stage" in done.stdout
