@@ -22,7 +22,16 @@ except ImportError:  # in place, outside of a build
 
 SOURCES = ("backends/native.c", "correction.c")
 # No contraction: results do not depend on whether the processor can multiply and add at once.
-FLAGS = "-O3 -std=c11 -fPIC -shared -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi".split()
+FLAGS = (
+    "-O3",
+    "-std=c11",
+    "-fPIC",
+    "-shared",
+    "-Wno-psabi",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+)
 
 
 class CustomBuildHook(BuildHookInterface):

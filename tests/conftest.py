@@ -52,7 +52,7 @@ NO_LIBRARY = "the package was installed without a C compiler"
 
 @pytest.fixture(params=["native", "aten-small", "aten-large"])
 def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What `backend=None` may come to on the CPU: C, or ATen where there is none, for small x or, of any size, large."""
+    """What `backend=None` may come to on the CPU: C or, where there is none, ATen in its ways for small and large x."""
     if request.param == "native":
         if LIBRARY is None:
             pytest.skip(NO_LIBRARY)

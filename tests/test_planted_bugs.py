@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import pytest
 
+from batchrenorm.library import LIBRARY
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -27,6 +29,7 @@ class Bug(NamedTuple):
 
 
 EXACT, IDENTITY, STATE = "test_exact.py::", "test_identities.py::", "test_state.py::"
+NATIVE = "test_native.py::"
 SHAPES = EXACT + "test_shapes"
 
 BUGS = [
@@ -278,6 +281,104 @@ BUGS = [
         "torch.randperm(len(self._counts), generator=generator)[: self.labels_per_batch]",
         "test_samplers.py::test_sixteen_labels_twice",
     ),
+    Bug(
+        "epsilon outside the root, in C",
+        "backends/native_passes.h",
+        "SQRT(var[c] + eps)",
+        "SQRT(var[c]) + eps",
+        SHAPES,
+    ),
+    Bug(
+        "variance as E[x²] - E[x]² in C",
+        "backends/native_passes.h",
+        "k = (A)NAME(sum)((v[0] + v[1]) + (v[2] + v[3])) / (A)(4 * LANES);",
+        "k = 0;",
+        EXACT + "test_large_offset",
+    ),
+    Bug(
+        "what a vector steps back over added twice",
+        "backends/native_passes.h",
+        "NAME(last)(LOAD(dy + n - LANES), rest)",
+        "LOAD(dy + n - LANES)",
+        NATIVE + "test_planes_of_any_length",
+    ),
+    Bug(
+        "a smaller last group joined as a whole one",
+        "backends/native_passes.h",
+        "n - before < part ? (n - before) / n : part / (before + part)",
+        "part / (before + part)",
+        NATIVE + "test_channels_in_parts",
+    ),
+    Bug(
+        "the gradient of weight without d, in C",
+        "backends/native_passes.h",
+        " + (double)shift[k] * first[k]",
+        "",
+        SHAPES,
+    ),
+    Bug(
+        "halves rounded up at a tie",
+        "backends/native.c",
+        "bits + 0x7fff + ((bits >> 16) & 1)",
+        "bits + 0x8000",
+        NATIVE + "test_half_precision_numbers",
+    ),
+    Bug(
+        "units as many as there are threads",
+        "backends/native.c",
+        "elements = pass->rows ? 1 << 16 : 1 << 18;",
+        "elements = 100000 / pass->threads;",
+        NATIVE + "test_no_bit_depends_on_threads_or_processor",
+    ),
+    Bug(
+        "r without its lower limit, in C",
+        "correction.c",
+        "sigma[c], r_min, r_max)",
+        "sigma[c], 0, r_max)",
+        NATIVE + "test_correction_is_the_one_in_torch_operators",
+    ),
+    Bug(
+        "one r and d for all microbatches, in C",
+        "correction.c",
+        "NAME(clip)(sigma_B[i + c] / sigma[c]",
+        "NAME(clip)(sigma_B[c] / sigma[c]",
+        EXACT + "test_microbatches",
+    ),
+    Bug(
+        "an overflow in the averages, in C",
+        "correction.c",
+        "finite ? moved_mean : mu[c]",
+        "moved_mean",
+        "test_errors.py::test_not_finite_shows_in_y_and_not_in_the_averages",
+    ),
+    Bug(
+        "averages written behind autograd's back",
+        "correction.py",
+        "    torch.autograd.graph.increment_version(written)\n",
+        "",
+        NATIVE + "test_autograd_knows_of_what_is_written",
+    ),
+    Bug(
+        "a forward kept under a mean that its recomputation rounds otherwise",
+        "correction.py",
+        "vectors[:groups].mean(0)",
+        "vectors[5 * groups]",
+        NATIVE + "test_checkpointing_changes_no_bit_in_float32",
+    ),
+    Bug(
+        "a pointer to a tensor without memory",
+        "backends/native.py",
+        "not (t.is_cpu and type(t) in _PLAIN)",
+        "type(t) not in _PLAIN",
+        NATIVE + "test_no_pointer_to_what_is_no_memory",
+    ),
+    Bug(
+        "memory read in an order that it does not have",
+        "backends/native.py",
+        "_in_order(grad) if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)",
+        "grad",
+        EXACT + "test_layouts",
+    ),
 ]
 
 
@@ -290,6 +391,10 @@ def test_planted_bug_is_found(bug: Bug, tmp_path: Path) -> None:
     source = planted.read_text()
     assert source.count(bug.old) == 1, f"the source of {bug.name!r} has moved on"
     planted.write_text(source.replace(bug.old, bug.new))
+    if planted.suffix != ".py":
+        if LIBRARY is None:
+            pytest.skip("no C compiler was there for the library")
+        subprocess.run([sys.executable, ROOT / "hatch_build.py", planted.parents[bug.file.count("/")]], check=True)
     run = subprocess.run(
         # The first failure is enough. Warnings are not the point here, and the plugin of xdist not wanted.
         [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", bug.test],

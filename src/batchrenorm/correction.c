@@ -1,6 +1,6 @@
 /* The paper on (C,)-vectors in one call: what `_used_averages`, `_r_d` and `_moved` in correction.py do with a dozen of
- * torch's operators, each of which takes longer to call than such a vector takes to compute. The same numbers, to the
- * last bit in r and d; the build's -ffp-contract=off is needed for that.
+ * torch's operators, each of which takes longer to call than such a vector takes to compute. The same numbers to a unit
+ * or two of the last place: torch's vectorised square root is not correctly rounded.
  */
 
 #ifndef A

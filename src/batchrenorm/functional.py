@@ -176,7 +176,9 @@ def _choose(backend: str | None, plain: bool, mask: Tensor | None, x: Tensor, *o
     if backend is not None:
         if refusal is None:
             return native
-        raise RuntimeError(f"expected what backend='native' can do, got this: {refusal}; use backend=None, which chooses")
+        raise RuntimeError(
+            f"expected what backend='native' can do, got this: {refusal}; use backend=None, which chooses"
+        )
     # In float64, which is for checking, bitwise torch's own.
     if refusal is None and x.dtype != torch.float64:
         return native

@@ -60,7 +60,7 @@ def gradients(
     bias: Tensor | None,
     size: int,
 ) -> tuple[Tensor | None, ...]:
-    """Those of `affine` of x, weight and bias, where needed, differentiable again: a node in Python has no derivative."""
+    """Those of `affine` of x, weight and bias, where needed, and differentiable again, as a node in Python is not."""
     y = affine(x, moments(x, eps, size), eps, scale, shift, weight, bias, size)
     wanted = [v for v, need in zip((x, weight, bias), needs) if need and v is not None]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))

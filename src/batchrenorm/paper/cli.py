@@ -169,6 +169,8 @@ def _reproduce(options: argparse.Namespace) -> None:
         raise _Refused("expected the package tensorboard for --tensorboard, got none; run: pip install tensorboard")
     import torch
     import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     preset = _changed(options)
     device = options.device or preset.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -181,7 +183,13 @@ def _reproduce(options: argparse.Namespace) -> None:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     # gloo also beside NCCL, for what is on the CPU: messages between the processes.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    store, rank, size = next(rendezvous("env://"))
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        # torchrun's store outlives the processes that it starts again, with the addresses of the dead in it (issue
+        # 135712 of pytorch). Several machines count apart: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives them a new store.
+        store = PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         preset.parts(dist.get_world_size())
         _run(preset, options, device)

@@ -26,13 +26,18 @@ class MovingAverageNorm(nn.Module):
         num_features: C.
         eps: added to the variance, under the root.
         momentum: weight of the new value in the averages.
+        microbatch_size: samples of which a mu and a sigma are taken, whose means over all groups are the new values;
+            None is the minibatch.
     """
 
     running_mean: Tensor
     running_std: Tensor
 
-    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.01) -> None:
+    def __init__(
+        self, num_features: int, eps: float = 1e-5, momentum: float = 0.01, microbatch_size: int | None = None
+    ) -> None:
         super().__init__()
+        self.microbatch_size = microbatch_size
         self.eps = eps
         self.momentum = momentum
         self.weight = nn.Parameter(torch.ones(num_features))
@@ -49,11 +54,11 @@ class MovingAverageNorm(nn.Module):
         if self.training:
             with torch.no_grad():
                 # Under autocast x may be of half precision, which the averages never are.
-                x = x.to(self.running_mean.dtype)
-                var, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
+                groups = x.to(self.running_mean.dtype).unflatten(0, (-1, self.microbatch_size or len(x)))
+                var, mean = torch.var_mean(groups, [1, *range(3, groups.ndim)], correction=0)
                 # Not in place: the backward still needs the old ones.
-                self.running_mean = torch.lerp(self.running_mean, mean, self.momentum)
-                self.running_std = torch.lerp(self.running_std, (var + self.eps).sqrt(), self.momentum)
+                self.running_mean = torch.lerp(self.running_mean, mean.mean(0), self.momentum)
+                self.running_std = torch.lerp(self.running_std, (var + self.eps).sqrt().mean(0), self.momentum)
         return y
 
 
@@ -68,8 +73,8 @@ def normalize(
             least 8 channels each; "layer", over all of a sample; or "moving-average".
         alpha: weight of the new value in the averages.
         clip: limits of "brn".
-        group: samples that "bn" and "brn" normalise together; None is the minibatch. The others do not look at
-            neighbours ("group" and "layer") or do not normalise by them ("moving-average").
+        group: samples that "bn" and "brn" normalise together, and whose mu and sigma "moving-average" averages; None is
+            the minibatch. The others do not look at neighbours.
         learn_gamma: False fixes the scale at 1, as in the paper, where the next layer can absorb it.
 
     Returns:
@@ -92,7 +97,7 @@ def normalize(
         for parent in list(model.modules()):
             for child, layer in parent.named_children():
                 if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-                    setattr(parent, child, _replacement(name, layer, alpha))
+                    setattr(parent, child, _replacement(name, layer, alpha, group))
     left = [
         f"{path or 'the model'}: {type(m).__name__}" for path, m in model.named_modules() if isinstance(m, _BatchNorm)
     ]
@@ -111,12 +116,12 @@ def normalize(
 _LAYERS = (BatchRenorm, MovingAverageNorm, nn.GroupNorm, nn.LayerNorm)
 
 
-def _replacement(name: str, layer: nn.Module, alpha: float) -> nn.Module:
+def _replacement(name: str, layer: nn.Module, alpha: float, group: int | None) -> nn.Module:
     assert isinstance(layer, _BatchNorm)
     channels, eps = layer.num_features, layer.eps
     new: MovingAverageNorm | nn.GroupNorm | nn.LayerNorm
     if name == "moving-average":
-        new = MovingAverageNorm(channels, eps, alpha)
+        new = MovingAverageNorm(channels, eps, alpha, group)
     elif name == "group":
         new = nn.GroupNorm(_groups(channels), channels, eps)
     elif isinstance(layer, nn.BatchNorm1d):

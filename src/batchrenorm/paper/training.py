@@ -227,7 +227,7 @@ class _Training:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         with warnings.catch_warnings():
-            # The first step of float16 is often left out, for its scale is still too large; torch takes it for forgotten.
+            # The first step of float16 is often left out, its scale being too large; torch takes it for forgotten.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
             self.schedule.step()
         if self.averaged is not None:
