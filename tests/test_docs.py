@@ -16,7 +16,8 @@ import batchrenorm as brn
 MODULES = [
     importlib.import_module(info.name)
     for info in pkgutil.walk_packages(brn.__path__, "batchrenorm.")
-    if not info.name.startswith("batchrenorm.paper")
+    # native_*.so is a library and no module of Python's.
+    if not info.name.startswith(("batchrenorm.paper", "batchrenorm.native_"))
 ]
 
 

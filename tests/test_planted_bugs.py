@@ -240,27 +240,6 @@ BUGS = [
         "[aot_eager-plain-inside-none-around-(0, 1)]",
     ),
     Bug(
-        "a statistic of other channels' rounding",
-        "backends/aten.py",
-        "return torch.where(precise, mean, by_aten[0]), torch.where(precise, var, by_aten[1])",
-        "return by_aten",
-        "test_errors.py::test_not_finite_shows_in_y_and_not_in_the_averages",
-    ),
-    Bug(
-        "a fast variance without its gate",
-        "backends/aten.py",
-        "precise = mean * mean <= 4.0 * var",
-        "precise = mean == mean",
-        EXACT + "test_large_offset",
-    ),
-    Bug(
-        "a million values in one running sum",
-        "backends/aten.py",
-        "_PLANE = 2**16",
-        "_PLANE = 2**40",
-        EXACT + "test_large_planes",
-    ),
-    Bug(
         "the counter not in the state",
         "modules.py",
         "torch.zeros((), dtype=torch.long, device=device) if tracked else None\n",

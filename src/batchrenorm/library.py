@@ -22,13 +22,13 @@ def _load() -> ctypes.CDLL | None:
         return None
     try:
         library = ctypes.CDLL(str(path))
-    except OSError:  # built for another machine or C library
+        for function in (library.brn_moments, library.brn_affine, library.brn_backward, library.brn_move):
+            function.argtypes = [ctypes.c_char_p]
+        library.brn_forward.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_char_p]
+        sizes = library.brn_size_of_pass(), library.brn_size_of_step()
+    except (OSError, AttributeError):  # built for another machine, or from other sources
         return None
-    for function in (library.brn_moments, library.brn_affine, library.brn_backward, library.brn_move):
-        function.argtypes = [ctypes.c_char_p]
-    library.brn_forward.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_char_p]
-    # One that was built from other sources would read something else where these are packed.
-    sizes = library.brn_size_of_pass(), library.brn_size_of_step()
+    # Built from other sources it would also read something else where these are packed.
     return library if sizes == (PASS.size, STEP.size) else None
 
 

@@ -1,4 +1,4 @@
-"""ATen's own batch-norm primitives: eager CPU, and CUDA without Triton.
+"""ATen's own batch-norm primitives: eager CPU without `native` or in float64, and CUDA without Triton.
 
 The forward is two passes, statistics and transform, exactly those of `F.batch_norm(training=True)`; but between them
 stands the caller, who chooses scale and shift from the statistics. So the transform is the *inference* kernel, fed with
@@ -55,40 +55,11 @@ def affine(
 
 
 def _mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
-    if x.dtype == torch.float64:
-        return torch.batch_norm_update_stats(x, None, None, 0.0)
-    if x.dtype == torch.float32:
-        spatial = x.numel() // (x.shape[0] * x.shape[1])
-        if x.is_cpu and 1 < spatial <= _PLANE and x.numel() > _SMALL and x.is_contiguous():
-            return _fast_mean_var(x)
+    if x.dtype in (torch.float32, torch.float64):
         return torch.batch_norm_update_stats(x, None, None, 0.0)
     # For half x the CPU kernel rounds its float32 statistics to half, unless averages of float32 are there.
     unused = x.new_zeros(2, x.shape[1], dtype=torch.float32)
     return torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0)
-
-
-def _fast_mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of contiguous float32 in a quarter of the time of ATen's own, which add up in scalar double.
-
-    The reduction of batch norm's backward is vectorised, and with x for the gradient it is sum(x * x) and sum(x). Their
-    difference loses (mean/std)² of the precision: more than a factor of 4, and ATen's own have to do it.
-    """
-    zeros = x.new_zeros(x.shape[1])
-    _, squares, sums = _batch_norm_backward(x, x, None, None, None, zeros, zeros + 1.0, True, 0.0, [False, True, True])
-    n = x.numel() // x.shape[1]
-    mean = sums / n
-    var = squares / n - mean * mean
-    precise = mean * mean <= 4.0 * var
-    if precise.all():
-        return mean, var
-    # Only where needed: no channel's last bits depend on what is in another channel.
-    by_aten = torch.batch_norm_update_stats(x, None, None, 0.0)
-    return torch.where(precise, mean, by_aten[0]), torch.where(precise, var, by_aten[1])
-
-
-# It adds up a plane (of one sample and channel) in float32, in 8 or 16 running sums: up to so many elements the
-# variance stays within 5e-6 of itself, at 1024 x 1024 it was 5e-5 off.
-_PLANE = 2**16
 
 
 def _effective_affine(
