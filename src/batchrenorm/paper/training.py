@@ -311,8 +311,8 @@ class _Training:
         return json.dumps([self.preset.config(self.arm), self.seed], sort_keys=True)
 
     def save(self) -> None:
-        """Write the checkpoint, if there is to be one."""
-        if self.checkpoint is None or self.rank > 0 or not (self.finite.item() or self.arm.may_diverge):
+        """Write the checkpoint, if there is to be one and a training could go on from it."""
+        if self.checkpoint is None or self.rank > 0 or not (self.arm.may_diverge or self._is_finite()):
             return
         state = {
             "settings": self._settings,
@@ -326,6 +326,11 @@ class _Training:
             "averaged": None if self.averaged is None else self.averaged.values,
         }
         checkpoints.save(self.checkpoint, state)
+
+    def _is_finite(self) -> bool:
+        # The last loss is that of the parameters before the last update: it knows nothing of these.
+        state = self.model.state_dict().values()
+        return bool(self.finite.item()) and all(bool(v.isfinite().all()) for v in state if v.is_floating_point())
 
     def _resume(self) -> None:
         if self.checkpoint is None:
