@@ -293,7 +293,7 @@ def test_correction_is_the_one_in_torch_operators(
     y = native.affine(x, statistics, EPS, r, d, None, None, size)
     move()
     got = [mean.clone(), var.clone(), torch.tensor(3)]
-    z = correction.in_one_call(x, *got, None, None, alpha, EPS, r_max, d_max, size, torch.zeros(1))
+    z = correction.in_one_call(x, *got, None, None, alpha, EPS, r_max, d_max, size, torch.zeros(1), None, None)
     ulp = torch.finfo(dtype).eps
     for a, b in zip((z, *got), (y, *expected)):
         torch.testing.assert_close(a, b, rtol=8 * ulp, atol=16 * ulp, equal_nan=True)

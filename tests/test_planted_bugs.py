@@ -30,6 +30,7 @@ class Bug(NamedTuple):
 
 EXACT, IDENTITY, STATE = "test_exact.py::", "test_identities.py::", "test_state.py::"
 NATIVE = "test_native.py::"
+FUSED = "test_fused.py::"
 SHAPES = EXACT + "test_shapes"
 
 BUGS = [
@@ -354,9 +355,44 @@ BUGS = [
     Bug(
         "memory read in an order that it does not have",
         "backends/native.py",
-        "_in_order(grad) if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)",
-        "grad",
+        "grad = _as_laid_out(grad, x)",
+        "pass",
         EXACT + "test_layouts",
+    ),
+    Bug(
+        "a ReLU that opens without the bias, in C",
+        "backends/native_passes.h",
+        "(LOAD(x + i) - mean) * a + c;\n        STORE(gated",
+        "(LOAD(x + i) - mean) * a;\n        STORE(gated",
+        FUSED + "test_shapes",
+    ),
+    Bug(
+        "the gradient of a residual not stopped by the ReLU",
+        "backends/aten.py",
+        "            grad = torch.ops.aten.threshold_backward(",
+        "            dz = torch.ops.aten.threshold_backward(",
+        FUSED + "test_shapes",
+    ),
+    Bug(
+        "the second pass through an open ReLU",
+        "backends/native_passes.h",
+        "if (pass->residual_grad && again)\n        return (const T *)pass->residual_grad + first;",
+        "if (again)\n        return (const T *)pass->dy + first;",
+        FUSED + "test_shapes",
+    ),
+    Bug(
+        "NaN stopped by the ReLU",
+        "backends/native_passes.h",
+        "~(v <= (A)0)",
+        "(v > (A)0)",
+        FUSED + "test_not_finite_values_are_the_relus",
+    ),
+    Bug(
+        "a ReLU fused that another layer shares",
+        "convert.py",
+        "once = places[id(layer)] == places[id(relu)] == 1",
+        "once = True",
+        FUSED + "test_pairs_in_a_sequential",
     ),
 ]
 

@@ -7,11 +7,12 @@ layer, hooks, the optimiser that holds its parameters.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .correction import name_of_history
@@ -52,6 +53,7 @@ def convert_batchnorm(
     momentum: float | None = 0.01,
     microbatch_size: int | None = None,
     process_group: object | None = None,
+    fuse_relu: bool = False,
     where: Callable[[str, nn.Module], bool] | None = None,
 ) -> Model:
     """Turn every batch-norm layer of a model into Batch Renormalization, in place.
@@ -68,6 +70,8 @@ def convert_batchnorm(
             chosen for averages that training does not use. None for the cumulative mean.
         microbatch_size: see `BatchRenorm`.
         process_group: see `BatchRenorm`.
+        fuse_relu: where a `nn.Sequential` has a `nn.ReLU` right after the layer, let the layer do it in its own pass
+            over memory. The ReLU stays in its place as a `FusedReLU`, which passes on what it gets.
         where: ``where(name, layer) -> bool`` picks the layers; None picks all.
 
     Returns:
@@ -81,7 +85,7 @@ def convert_batchnorm(
         >>> convert_batchnorm(model, clip=ClipSchedule.for_training(10_000))[1].__class__.__name__
         'BatchRenorm2d'
     """
-    check_settings(0.0 if momentum is None else momentum, 0.0, 1.0, 0.0, microbatch_size, process_group, None)
+    check_settings(0.0 if momentum is None else momentum, 0.0, 1.0, 0.0, microbatch_size, process_group, None, None)
     if not callable(clip):
         raise TypeError(f"expected clip to be a ClipSchedule, got {clip!r}; a constant is ClipSchedule.constant(r, d)")
     for name, layer in list(model.named_modules()):
@@ -97,15 +101,69 @@ def convert_batchnorm(
         layer.clip = clip
         layer.microbatch_size = microbatch_size
         layer.process_group = process_group
+        layer.activation = None
         layer._layer = name_of_history()
+    if fuse_relu:
+        for layer, relu in _pairs(model, nn.ReLU):
+            if where is None or any(where(name, m) for name, m in model.named_modules() if m is layer):
+                layer.activation = "relu"
+                relu.__class__ = FusedReLU
     return model
+
+
+class FusedReLU(nn.Identity):
+    """The place of a `nn.ReLU` that the layer before it does; `to_batchnorm` makes it one again."""
+
+    inplace: bool
+
+
+class BatchNormAct(nn.Module):
+    """``relu(norm(x) + residual)``: what `to_batchnorm` makes of a layer that was built with an activation.
+
+    Args:
+        norm: the batch norm.
+
+    Example:
+        >>> to_batchnorm(BatchRenorm2d(8, activation="relu"))
+        BatchNormAct(
+          (norm): BatchNorm2d(8, eps=1e-05, momentum=0.01, affine=True, track_running_stats=True)
+        )
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.training = norm.training
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """See the class."""
+        y = self.norm(x)
+        return (y if residual is None else y + residual).relu()
+
+
+def _pairs(model: nn.Module, follower: type[nn.Module]) -> list[tuple[BatchRenorm, nn.Module]]:
+    """The layers that a `nn.Sequential` has right before one of the followers, if neither has another place too."""
+    places: dict[int, int] = {}
+    for parent in model.modules():
+        for child in parent._modules.values():
+            places[id(child)] = places.get(id(child), 0) + 1
+    found = []
+    for parent in model.modules():
+        if type(parent) is nn.Sequential:
+            children = list(parent)
+            for layer, relu in itertools.pairwise(children):
+                once = places[id(layer)] == places[id(relu)] == 1
+                if type(layer) in _NORM and type(relu) is follower and once:
+                    found.append((layer, relu))
+    return found  # type: ignore[return-value]
 
 
 def to_batchnorm(model: Model) -> Model:
     """Turn every Batch Renormalization layer of a model into the `torch.nn.BatchNorm` of equal inference, in place.
 
     What folds, exports, scripts or quantises batch norm takes it from there. Training goes on as batch norm; to keep
-    the model, convert a `copy.deepcopy` of it.
+    the model, convert a `copy.deepcopy` of it. A ReLU that was fused comes back to its place; a layer that was built
+    with an activation becomes a `BatchNormAct` with the batch norm in it.
 
     Args:
         model: any module; a single layer too.
@@ -120,13 +178,23 @@ def to_batchnorm(model: Model) -> Model:
         >>> torch.equal(to_batchnorm(layer)(x), expected)
         True
     """
-    for layer in list(model.modules()):
-        norm = _NORM.get(type(layer))
+    for layer, relu in _pairs(model, FusedReLU):
+        layer.activation = None
+        relu.__class__ = nn.ReLU
+    activated: dict[nn.Module, nn.Module] = {
+        layer: BatchNormAct(layer) for layer in model.modules() if type(layer) in _NORM and layer.activation is not None
+    }
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in activated:
+                parent._modules[name] = activated[child]
+    for module in [*model.modules(), *activated]:
+        norm = _NORM.get(type(module))
         if norm is None:
             continue
-        layer.__class__ = norm
-        for name in ("clip", "microbatch_size", "_layer"):
-            delattr(layer, name)
+        module.__class__ = norm
+        for attribute in ("clip", "microbatch_size", "activation", "_layer"):
+            delattr(module, attribute)
         if norm is not nn.SyncBatchNorm:
-            delattr(layer, "process_group")
-    return model
+            delattr(module, "process_group")
+    return activated.get(model, model)  # type: ignore[return-value]

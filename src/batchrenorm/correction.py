@@ -102,6 +102,8 @@ def in_one_call(
     d_max: float,
     size: int,
     layer: Tensor,
+    residual: Tensor | None,
+    activation: str | None,
 ) -> Tensor:
     """The whole training step with `backends.native`: moments, `correction.c` for `correct`, affine, move.
 
@@ -126,7 +128,7 @@ def in_one_call(
         d_max,
     )
     node = _node_of_this_forward()
-    y = native.forward(x, weight, bias, vectors, eps, size, (CORRECT, packed))
+    y = native.forward(x, weight, bias, residual, activation, vectors, eps, size, (CORRECT, packed))
     if _may_be_repeated():
         # To be found by, so as a recomputation will compute it, to the last bit.
         mean = vectors[0] if groups == 1 else vectors[:groups].mean(0)

@@ -39,6 +39,8 @@ def batch_renorm(
     microbatch_size: int | None = None,
     mask: Tensor | None = None,
     process_group: object | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Batch Renormalization as a function; in training it updates the running tensors in place, as `F.batch_norm` does.
@@ -64,6 +66,8 @@ def batch_renorm(
         mask: bool, ``(N, *spatial)``, True = a real element. Only real elements enter the statistics; the others are
             mapped like them (what is not finite there counts as 0). Ignored in inference by averages.
         process_group: statistics over all replicas; not available yet.
+        activation: "relu" for ``max(0, y)`` in the same pass over memory, or None.
+        residual: like x, added to y before the activation, in the same pass.
         backend: "native" (C, on the CPU), "aten" (torch's batch-norm kernels) or "decomposed" (plain operators); None
             chooses.
 
@@ -98,6 +102,8 @@ def batch_renorm(
         microbatch_size=microbatch_size,
         mask=mask,
         process_group=process_group,
+        activation=activation,
+        residual=residual,
         backend=backend,
     )
 
@@ -118,28 +124,33 @@ def renormalize(
     microbatch_size: int | None,
     mask: Tensor | None,
     process_group: object | None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
     backend: str | None = None,
     layer: Tensor | None = None,
 ) -> Tensor:
     """`batch_renorm` with the layer's counter of training forwards, and the tensor that names its history."""
     _check_tensors(x, running_mean, running_var, weight, bias)
-    check_settings(alpha, eps, r_max, d_max, microbatch_size, process_group, backend)
+    check_settings(alpha, eps, r_max, d_max, microbatch_size, process_group, backend, activation)
     if mask is not None:
         _check_mask(mask, x)
+    if residual is not None:
+        residual = _check_residual(residual, x)
     if not training and running_mean is not None and running_var is not None:
-        return _inference(x, running_mean, running_var, weight, bias, eps)
+        return _finished(_inference(x, running_mean, running_var, weight, bias, eps), residual, activation)
 
     # Without averages inference is batch norm on the minibatch, all of it.
     size = min(microbatch_size, x.shape[0]) if training and microbatch_size is not None else x.shape[0]
     _check_values_per_channel(x, size)
     if running_mean is None and mask is None and size == x.shape[0] and backend is None:
-        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+        return _finished(F.batch_norm(x, None, None, weight, bias, True, 0.0, eps), residual, activation)
     plain = is_plain_eager(x)
-    passes = _choose(backend, plain, mask, x, weight, bias, running_mean, running_var, step)
+    passes = _choose(backend, plain, mask, x, weight, bias, residual, running_mean, running_var, step)
     if passes is native and suits_one_call(running_mean, running_var, step, mask, x):
         layer = running_mean if layer is None else layer
         limits = float(alpha), eps, float(r_max), float(d_max)
-        return in_one_call(x, running_mean, running_var, step, weight, bias, *limits, size, layer)  # type: ignore
+        tensors = x, running_mean, running_var, step, weight, bias
+        return in_one_call(*tensors, *limits, size, layer, residual, activation)  # type: ignore[arg-type]
     share = None
     if mask is not None:
         x = torch.where(mask.unsqueeze(1) | x.isfinite(), x, 0)
@@ -147,7 +158,8 @@ def renormalize(
 
     moments = mean, _, std = passes.moments(x, eps, size, mask)
     if running_mean is None or running_var is None:
-        return passes.affine(x, moments, eps, torch.ones_like(mean), torch.zeros_like(mean), weight, bias, size)
+        r, d = torch.ones_like(mean), torch.zeros_like(mean)
+        return passes.affine(x, moments, eps, r, d, weight, bias, size, residual, activation)
     r, d, move = correct(
         mean.detach() if mean.requires_grad else mean,
         std.detach() if std.requires_grad else std,
@@ -162,7 +174,7 @@ def renormalize(
         layer=running_mean if layer is None else layer,
         plain=plain,
     )
-    y = passes.affine(x, moments, eps, r, d, weight, bias, size)
+    y = passes.affine(x, moments, eps, r, d, weight, bias, size, residual, activation)
     move()
     return y
 
@@ -197,6 +209,12 @@ def _inference(
         # Autograd keeps the averages; a training forward before the backward would write over them.
         running_mean, running_var = running_mean.clone(), running_var.clone()
     return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+
+
+def _finished(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    if residual is not None:
+        y = y + residual
+    return y if activation is None else y.relu()
 
 
 def _share_of_microbatches(mask: Tensor, size: int) -> Tensor:
@@ -248,6 +266,7 @@ def check_settings(
     microbatch_size: int | None,
     process_group: object | None,
     backend: str | None,
+    activation: str | None,
 ) -> None:
     if not isinstance(alpha, Tensor) and not 0.0 <= alpha <= 1.0:
         raise ValueError(f"expected momentum in [0, 1], the weight of the new value, got {alpha}; the paper uses 0.01")
@@ -269,6 +288,8 @@ def check_settings(
             "expected process_group=None, got a group; statistics over replicas are not available yet, "
             "so leave it out and each replica normalises its own batch"
         )
+    if activation not in (None, "relu"):
+        raise ValueError(f"expected activation to be None or 'relu', got {activation!r}; apply another one afterwards")
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"expected backend to be None or one of {sorted(BACKENDS)}, got {backend!r}; None chooses")
 
@@ -282,6 +303,19 @@ def _check_mask(mask: Tensor, x: Tensor) -> None:
             f"expected mask of shape {expected} for x of shape {tuple(x.shape)}, got {tuple(mask.shape)}; "
             "the mask is x without its channels"
         )
+
+
+def _check_residual(residual: Tensor, x: Tensor) -> Tensor:
+    if not isinstance(residual, Tensor) or not residual.is_floating_point():
+        got = residual.dtype if isinstance(residual, Tensor) else type(residual).__name__
+        raise TypeError(f"expected residual to be a floating-point torch.Tensor, got {got}; convert it, e.g. .float()")
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"expected residual of the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}; "
+            "expand it before, e.g. residual.expand_as(x)"
+        )
+    # Under autocast the branches of a block may come in different types.
+    return residual if residual.dtype == x.dtype else residual.to(x.dtype)
 
 
 def _check_values_per_channel(x: Tensor, size: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-PASS = struct.Struct("9P7qd")
+PASS = struct.Struct("12P8qd")
 """`struct pass` of native.c, as far as the caller fills it."""
 STEP = struct.Struct("5P3q4d")
 """`struct step` of correction.c."""

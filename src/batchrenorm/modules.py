@@ -38,6 +38,7 @@ class BatchRenorm(nn.Module):
         clip: limits of r and d as a function of the training step, which is `num_batches_tracked`.
         microbatch_size: normalise consecutive groups of this many samples separately, each with its own r and d.
         process_group: statistics over all replicas; not available yet.
+        activation: "relu" for ``max(0, y)`` in the same pass over memory, or None.
 
     Raises:
         ValueError, TypeError: an argument out of its range, or an input of the wrong shape or dtype; an error leaves
@@ -77,11 +78,14 @@ class BatchRenorm(nn.Module):
         clip: Clip = ClipSchedule(),
         microbatch_size: int | None = None,
         process_group: object | None = None,
+        activation: str | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(num_features, int) or isinstance(num_features, bool) or num_features < 0:
             raise ValueError(f"expected num_features to be an int >= 0, got {num_features!r}; it is dimension 1 of x")
-        check_settings(0.0 if momentum is None else momentum, eps, 1.0, 0.0, microbatch_size, process_group, None)
+        check_settings(
+            0.0 if momentum is None else momentum, eps, 1.0, 0.0, microbatch_size, process_group, None, activation
+        )
         if not callable(clip):
             raise TypeError(
                 f"expected clip to be a ClipSchedule, got {clip!r}; a constant is ClipSchedule.constant(r, d)"
@@ -94,6 +98,7 @@ class BatchRenorm(nn.Module):
         self.clip = clip
         self.microbatch_size = microbatch_size
         self.process_group = process_group
+        self.activation = activation
         self._layer = name_of_history()
         floating = {"device": device, "dtype": dtype}
         self.weight = Parameter(torch.ones(num_features, **floating)) if affine else None  # type: ignore[arg-type]
@@ -106,12 +111,13 @@ class BatchRenorm(nn.Module):
             "num_batches_tracked", torch.zeros((), dtype=torch.long, device=device) if tracked else None
         )
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalise x.
+    def forward(self, x: Tensor, mask: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """Normalise x; with a residual and an activation, ``activation(normalised x + residual)``.
 
         Args:
             x: ``(N, C)`` or ``(N, C, *spatial)`` of the layer's rank; float64, float32, bfloat16 or float16.
             mask: bool ``(N, *spatial)``, True = a real element; see `batch_renorm`.
+            residual: like x, added before the activation.
 
         Returns:
             y, with the shape, dtype and memory format of x.
@@ -149,6 +155,8 @@ class BatchRenorm(nn.Module):
             microbatch_size=self.microbatch_size,
             mask=mask,
             process_group=self.process_group,
+            activation=self.activation,
+            residual=residual,
             layer=self._layer,
         )
 
@@ -175,7 +183,10 @@ class BatchRenorm(nn.Module):
     def extra_repr(self) -> str:
         text = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
         text += f"track_running_stats={self.track_running_stats}, clip={self.clip}"
-        return text if self.microbatch_size is None else f"{text}, microbatch_size={self.microbatch_size}"
+        for name in ("microbatch_size", "activation"):
+            value = getattr(self, name)
+            text += "" if value is None else f", {name}={value}"
+        return text
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
@@ -234,7 +245,7 @@ class _Lazy(LazyModuleMixin, BatchRenorm):
         if not self.has_uninitialized_params() and self.num_features != 0:
             super().reset_parameters()
 
-    def initialize_parameters(self, x: Tensor, mask: Tensor | None = None) -> None:
+    def initialize_parameters(self, x: Tensor, *others: Tensor | None, **more: Tensor | None) -> None:
         if self.has_uninitialized_params():
             self.num_features = x.shape[1]
             for tensor in (self.weight, self.bias, self.running_mean, self.running_var):

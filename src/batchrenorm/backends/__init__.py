@@ -6,9 +6,10 @@ are normalised by themselves (the last may be smaller); with ``size >= N`` there
 
 ``moments(x, eps, size, mask) -> (mean, var, std)``
     biased, in float32 (float64 for float64 x); ``std = sqrt(var + eps)``.
-``affine(x, moments, eps, scale, shift, weight, bias, size) -> y``
-    ``y = weight * ((x - mean) / std * scale + shift) + bias``, differentiable in x (through mean and std as well, as in
-    batch norm), weight and bias, ``(C,)``. Scale and shift, shaped like the statistics, are constants.
+``affine(x, moments, eps, scale, shift, weight, bias, size, residual, activation) -> y``
+    ``y = activation(weight * ((x - mean) / std * scale + shift) + bias + residual)``, differentiable in x (through
+    mean and std as well, as in batch norm), weight and bias, ``(C,)``, and residual, like x. Scale and shift, shaped
+    like the statistics, are constants. The activation is "relu" or None.
 """
 
 from torch import Tensor

@@ -45,13 +45,17 @@ def affine(
     weight: Tensor | None,
     bias: Tensor | None,
     size: int,
+    residual: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     fold = size < x.shape[0] and _folds(x, size)
     if (fold or size >= x.shape[0]) and x.numel() <= _SMALL:
         w, b = (v.flatten() for v in _effective_affine(scale, shift, weight, bias))
         y = torch.batch_norm(_fold(x, size) if fold else x, w, b, None, None, True, 0.0, eps, False)
-        return _unfold(y, x) if fold else y
-    return _Affine.apply(x, weight, bias, (*moments, eps, scale, shift, size))
+        y = _unfold(y, x) if fold else y
+        y = y if residual is None else y + residual
+        return y if activation is None else y.relu()
+    return _Affine.apply(x, weight, bias, residual, (*moments, eps, scale, shift, size, activation is not None))
 
 
 def _mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,37 +76,49 @@ def _effective_affine(
 
 class _Affine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, constants: tuple[Any, ...]) -> Tensor:
-        mean, var, std, eps, scale, shift, size = constants
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        constants: tuple[Any, ...],
+    ) -> Tensor:
+        mean, var, _, eps, scale, shift, size, relu = constants
         w, b = _effective_affine(scale, shift, weight, bias)
-        if w.ndim == 1:
-            y = torch.native_batch_norm(x, w, b, mean, var, False, 0.0, eps)[0]
-        else:
-            y = torch.empty_like(x)
-            unused = mean.new_empty(0), mean.new_empty(0)
-            for x_g, y_g, *vectors in zip(x.split(size), y.split(size), w, b, mean, var):
-                torch.native_batch_norm(x_g, *vectors, False, 0.0, eps, out=(y_g, *unused))  # type: ignore
-        ctx.save_for_backward(x, weight, bias)
+        y = _normalized(x, w, b, mean, var, eps, size)
+        if residual is not None:
+            y += residual
+        if relu:
+            y.relu_()
+        # With a residual the ReLU's mask cannot be had from x; the output is kept by whatever takes it anyway.
+        ctx.save_for_backward(x, weight, bias, y if relu and residual is not None else None)
         # Vectors that nobody else writes or differentiates; as attributes they cost no packing and unpacking.
-        ctx.constants = (mean, std, eps, scale, shift, size, w)
+        ctx.constants = (mean, var, eps, scale, shift, size, relu, w, b)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        mean, std, eps, scale, shift, size, w = ctx.constants
-        need_x, need_weight, need_bias, _ = needs = ctx.needs_input_grad
+        x, weight, bias, y = ctx.saved_tensors
+        mean, var, eps, scale, shift, size, relu, w, b = ctx.constants
+        need_x, need_weight, need_bias, need_residual, _ = needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # under create_graph: this gradient may be differentiated again
-            return *decomposed.gradients(needs, grad, x, eps, scale, shift, weight, bias, size), None
+            return *decomposed.gradients(needs, grad, x, eps, scale, shift, weight, bias, size, y, relu), None
 
+        if relu:
+            grad = torch.ops.aten.threshold_backward(
+                grad, _normalized(x, w, b, mean, var, eps, size) if y is None else y, 0
+            )
+        # As batch norm has it, to the last bit: MKL's square root, which gave std, may be off by one.
+        invstd = (var + as_tensor(eps)).rsqrt()
         sums = need_weight or need_bias
         mask = [need_x, need_weight, sums]
         if w.ndim == 1:
-            gx, gw, gb = _batch_norm_backward(grad, x, w, None, None, mean, std.reciprocal(), True, eps, mask)
+            gx, gw, gb = _batch_norm_backward(grad, x, w, None, None, mean, invstd, True, eps, mask)
         else:
             gx = torch.empty_like(x) if need_x else None
             gws, gbs = [], []
-            groups = zip(grad.split(size), x.split(size), w, mean, std.reciprocal())
+            groups = zip(grad.split(size), x.split(size), w, mean, invstd)
             for g, (grad_g, x_g, w_g, mean_g, invstd_g) in enumerate(groups):
                 gx_g, gw_g, gb_g = _batch_norm_backward(grad_g, x_g, w_g, None, None, mean_g, invstd_g, True, eps, mask)
                 if gx is not None:
@@ -116,7 +132,22 @@ class _Affine(torch.autograd.Function):
             gw = (gw if gw.ndim == 1 else gw.sum(0)).to(weight.dtype)
         if need_bias:
             gb = (gb if gb.ndim == 1 else gb.sum(0)).to(bias.dtype)
-        return gx, gw if need_weight else None, gb if need_bias else None, None
+        return gx, gw if need_weight else None, gb if need_bias else None, grad if need_residual else None, None
+
+
+def _normalized(x: Tensor, w: Tensor, b: Tensor, mean: Tensor, var: Tensor, eps: float, size: int) -> Tensor:
+    if w.ndim == 1:
+        # What is neither planes nor rows in memory takes a slow way, where inference has MKL's square root, which may
+        # be off by a bit, and training not; its statistics are these once more.
+        training = not x.is_contiguous(memory_format=torch._prims_common.suggest_memory_format(x))
+        return torch.native_batch_norm(
+            x, w, b, None if training else mean, None if training else var, training, 0.0, eps
+        )[0]
+    y = torch.empty_like(x)
+    unused = mean.new_empty(0), mean.new_empty(0)
+    for x_g, y_g, *vectors in zip(x.split(size), y.split(size), w, b, mean, var):
+        torch.native_batch_norm(x_g, *vectors, False, 0.0, eps, out=(y_g, *unused))  # type: ignore
+    return y
 
 
 # Folding: groups become channels, (G*m, C, *) -> (m, G*C, *), and everything between is batch norm of more channels.

@@ -35,6 +35,8 @@ def affine(
     weight: Tensor | None,
     bias: Tensor | None,
     size: int,
+    residual: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     mean, _, std = moments
     scale = scale / std
@@ -46,7 +48,9 @@ def affine(
     # x - mean before the product: with x * scale + (shift - mean * scale) the gradient of scale would be a difference
     # of two sums of size mean/std, which loses every digit at an offset of 1e4.
     y = (x.to(mean.dtype) - _like(x, mean, size)) * _like(x, scale, size) + _like(x, shift, size)
-    return y.to(x.dtype)
+    if residual is not None:
+        y = y + residual.to(mean.dtype)
+    return (y if activation is None else y.relu()).to(x.dtype)
 
 
 def gradients(
@@ -59,12 +63,20 @@ def gradients(
     weight: Tensor | None,
     bias: Tensor | None,
     size: int,
+    output: Tensor | None,
+    relu: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Those of `affine` of x, weight and bias, where needed, and differentiable again, as a node in Python is not."""
+    """Those of `affine` of x, weight, bias and residual, where needed, and differentiable again, as a node is not.
+
+    Args:
+        output: of the ReLU, where a residual was added before it.
+    """
     y = affine(x, moments(x, eps, size), eps, scale, shift, weight, bias, size)
+    if relu:
+        grad = torch.where((y if output is None else output) <= 0, 0, grad)
     wanted = [v for v, need in zip((x, weight, bias), needs) if need and v is not None]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-    return tuple(next(found) if need else None for need in needs[:3])
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True) if wanted else ())
+    return *(next(found) if need else None for need in needs[:3]), grad if needs[3] else None
 
 
 def _mean_var(x: Tensor, mask: Tensor | None, dims: list[int]) -> tuple[Tensor, Tensor]:

@@ -23,8 +23,10 @@ struct pass {
     void *vectors;            /* (5, G, C) of type A: mean, var, std, scale, shift */
     const void *weight, *bias; /* (C,) of type A, or NULL */
     void *weight_grad, *bias_grad; /* likewise; in the backward NULL, as is out, where nobody needs it */
+    const void *residual, *y;      /* added in the forward; the output, where the backward has to see the ReLU in it */
+    void *residual_grad;           /* where there is a ReLU behind it, else it is dy */
     parallel_region parallel;
-    int64_t threads, type, rows; /* rows: 1, planes: 0 */
+    int64_t relu, threads, type, rows; /* rows: 1, planes: 0 */
     int64_t N, C, S, size;       /* size: samples (or rows) of a group; the last one may be smaller */
     double eps;
     /* From here on set by this file. */
@@ -332,7 +334,7 @@ int brn_moments(const void *packed)
     return TYPES[pass.type].moments(&pass);
 }
 
-/* out = weight * ((x - mean) / std * scale + shift) + bias */
+/* out = weight * ((x - mean) / std * scale + shift) + bias; + residual, and max(0, .), where they are asked for */
 int brn_affine(const void *packed)
 {
     struct pass pass = unpack(packed);
@@ -349,7 +351,8 @@ int brn_forward(const void *packed, void (*between)(const void *), const void *a
     return TYPES[pass.type].affine(&pass);
 }
 
-/* From dy: out, weight_grad and bias_grad, the gradients with respect to x (through mean and std), weight and bias. */
+/* From dy: out, weight_grad, bias_grad and residual_grad, the gradients with respect to x (through mean and std), weight,
+ * bias and the residual. */
 int brn_backward(const void *packed)
 {
     struct pass pass = unpack(packed);

@@ -50,9 +50,11 @@ def affine(
     weight: Tensor | None,
     bias: Tensor | None,
     size: int,
+    residual: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     statistics = torch.stack([*moments, scale, shift]).view(-1, x.shape[1])
-    return forward(x, weight, bias, statistics, eps, size)
+    return forward(x, weight, bias, residual, activation, statistics, eps, size)
 
 
 def vectors(x: Tensor, size: int, more: int = 0) -> Tensor:
@@ -66,6 +68,8 @@ def forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
     statistics: Tensor,
     eps: float,
     size: int,
@@ -75,42 +79,54 @@ def forward(
 
     `statistics` begins with mean, var, std, scale and shift, as `vectors` gives it.
     """
-    return _apply(x, weight, bias, (statistics, eps, size, between))
+    return _apply(x, weight, bias, residual, (statistics, eps, size, activation is not None, between))
 
 
 class _Affine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, constants: tuple[Any, ...]) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        # Vectors that nobody else writes or differentiates; as attributes they cost no packing and unpacking.
-        ctx.constants = constants
-        statistics, eps, size, between = constants
-        x = _in_order(x)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        constants: tuple[Any, ...],
+    ) -> Tensor:
+        statistics, eps, size, relu, between = constants
+        given, x = x, _in_order(x)
         y = torch.empty_like(x)
-        weight, bias = _vector(weight, statistics), _vector(bias, statistics)
-        _run("brn_affine", x, statistics, eps, size, None, y, weight, bias, between=between)
+        w, b = _vector(weight, statistics), _vector(bias, statistics)
+        passed = None if residual is None else _as_laid_out(residual, x)
+        _run("brn_affine", x, statistics, eps, size, None, y, w, b, residual=passed, relu=relu, between=between)
+        # With a residual the ReLU's mask cannot be had from x; the output is kept by whatever takes it anyway.
+        ctx.save_for_backward(given, weight, bias, y if relu and residual is not None else None)
+        # Vectors that nobody else writes or differentiates; as attributes they cost no packing and unpacking.
+        ctx.constants = statistics, eps, size, relu
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        statistics, eps, size, _ = ctx.constants
-        need_x, need_weight, need_bias, _ = needs = ctx.needs_input_grad
+        x, weight, bias, y = ctx.saved_tensors
+        statistics, eps, size, relu = ctx.constants
+        need_x, need_weight, need_bias, need_residual, _ = needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # under create_graph: this gradient may be differentiated again
             groups = -(-x.shape[0] // size)
             scale, shift = (v if groups > 1 else v[0] for v in statistics[: 5 * groups].chunk(5)[3:])
-            return *decomposed.gradients(needs, grad, x, eps, scale, shift, weight, bias, size), None
+            return *decomposed.gradients(needs, grad, x, eps, scale, shift, weight, bias, size, y, relu), None
         x = _in_order(x)
-        grad = _in_order(grad) if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
+        grad = _as_laid_out(grad, x)
         gx = torch.empty_like(x) if need_x else None
         gw = torch.empty_like(weight, dtype=statistics.dtype) if need_weight else None
         gb = torch.empty_like(bias, dtype=statistics.dtype) if need_bias else None
-        _run("brn_backward", x, statistics, eps, size, grad, gx, _vector(weight, statistics), None, gw, gb)
+        gr = torch.empty_like(x) if need_residual and relu else grad if need_residual else None
+        w, b = _vector(weight, statistics), _vector(bias, statistics)
+        through = gr if relu else None
+        _run("brn_backward", x, statistics, eps, size, grad, gx, w, b, gw, gb, y=y, residual_grad=through, relu=relu)
         if gw is not None and gw.dtype != weight.dtype:
             gw = gw.to(weight.dtype)
         if gb is not None and gb.dtype != bias.dtype:
             gb = gb.to(bias.dtype)
-        return gx, gw, gb, None
+        return gx, gw, gb, gr, None
 
 
 # Past `Function.apply`, which looks for transforms of torch.func; with these at work this backend is not chosen.
@@ -132,6 +148,10 @@ def _run(
     bias: Tensor | None = None,
     weight_grad: Tensor | None = None,
     bias_grad: Tensor | None = None,
+    residual: Tensor | None = None,
+    y: Tensor | None = None,
+    residual_grad: Tensor | None = None,
+    relu: bool = False,
     between: tuple[int, bytes] | None = None,
 ) -> None:
     """Call a function of native.c with its `struct pass`."""
@@ -152,7 +172,11 @@ def _run(
         0 if bias is None else bias.data_ptr(),
         0 if weight_grad is None else weight_grad.data_ptr(),
         0 if bias_grad is None else bias_grad.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        0 if y is None else y.data_ptr(),
+        0 if residual_grad is None else residual_grad.data_ptr(),
         PARALLEL,
+        relu,
         torch.get_num_threads() if elements > _ONE_THREAD else 1,
         _TYPES[x.dtype],
         rows,
@@ -174,6 +198,11 @@ def _in_order(x: Tensor) -> Tensor:
     if x.is_contiguous():
         return x
     return x.contiguous(memory_format=torch._prims_common.suggest_memory_format(x))
+
+
+def _as_laid_out(t: Tensor, x: Tensor) -> Tensor:
+    """With its elements in memory where those of x are, which is `_in_order`."""
+    return _in_order(t) if t.stride() == x.stride() else torch.empty_like(x).copy_(t)
 
 
 def _vector(vector: Tensor | None, like: Tensor) -> Tensor | None:

@@ -65,6 +65,11 @@ static inline double NAME(sum)(V v)
     return (double)total;
 }
 
+static inline V NAME(relu)(V v) { return (V)((INTS)v & ~(v <= (A)0)); } /* NaN stays */
+
+/* dy where the output of the ReLU was not 0. */
+static inline V NAME(gate)(V y, V dy) { return (V)((INTS)dy & ~(y <= (A)0)); }
+
 /* y = (x - mean) * a + c, for the channels of a unit */
 static void NAME(effective_affine)(const struct pass *pass, struct unit u, A *a, A *c)
 {
@@ -144,8 +149,9 @@ static void NAME(moments_of_planes)(const struct pass *pass, struct unit u)
         }
 }
 
-/* out = (x - mean) * a + c */
-static void NAME(affine_of_planes)(const struct pass *pass, struct unit u)
+/* out = (x - mean) * a + c; then the residual is added, and the ReLU taken, where `more` and `relu`, constants, say so. */
+static inline __attribute__((always_inline)) void NAME(affine_of_planes_as)(const struct pass *pass, struct unit u,
+                                                                            int more, int relu)
 {
     int64_t C = pass->C, S = pass->S;
     const A *mean = (const A *)pass->mean + u.group * C + u.c0;
@@ -153,21 +159,70 @@ static void NAME(affine_of_planes)(const struct pass *pass, struct unit u)
     NAME(effective_affine)(pass, u, a, c);
     for (int64_t n = u.n0; n < u.n1; n++)
         for (int64_t k = 0; k < u.c1 - u.c0; k++) {
-            const T *x = (const T *)pass->x + (n * C + u.c0 + k) * S;
-            T *out = (T *)pass->out + (n * C + u.c0 + k) * S;
+            int64_t first = (n * C + u.c0 + k) * S;
+            const T *x = (const T *)pass->x + first, *residual = more ? (const T *)pass->residual + first : NULL;
+            T *out = (T *)pass->out + first;
             A mean_k = mean[k], a_k = a[k], c_k = c[k];
-            if (S < LANES)
-                NAME(store_part)(out, (NAME(load_part)(x, S) - mean_k) * a_k + c_k, S);
-            else {
+            if (S < LANES) {
+                V v = (NAME(load_part)(x, S) - mean_k) * a_k + c_k;
+                v = more ? v + NAME(load_part)(residual, S) : v;
+                NAME(store_part)(out, relu ? NAME(relu)(v) : v, S);
+            } else {
                 int64_t i = 0;
-                for (; i + 2 * LANES <= S; i += 2 * LANES)
-                    STORE_PAIR(out + i, (FIRST(x + i) - mean_k) * a_k + c_k, (SECOND(x + i) - mean_k) * a_k + c_k);
+                for (; i + 2 * LANES <= S; i += 2 * LANES) {
+                    V v = (FIRST(x + i) - mean_k) * a_k + c_k, w = (SECOND(x + i) - mean_k) * a_k + c_k;
+                    if (more)
+                        v += FIRST(residual + i), w += SECOND(residual + i);
+                    STORE_PAIR(out + i, relu ? NAME(relu)(v) : v, relu ? NAME(relu)(w) : w);
+                }
                 for (; i < S; i += LANES) {
                     i = least(i, S - LANES);
-                    STORE(out + i, (LOAD(x + i) - mean_k) * a_k + c_k);
+                    V v = (LOAD(x + i) - mean_k) * a_k + c_k;
+                    v = more ? v + LOAD(residual + i) : v;
+                    STORE(out + i, relu ? NAME(relu)(v) : v);
                 }
             }
         }
+}
+
+static void NAME(affine_of_planes)(const struct pass *pass, struct unit u)
+{
+    if (pass->residual)
+        pass->relu ? NAME(affine_of_planes_as)(pass, u, 1, 1) : NAME(affine_of_planes_as)(pass, u, 1, 0);
+    else
+        pass->relu ? NAME(affine_of_planes_as)(pass, u, 0, 1) : NAME(affine_of_planes_as)(pass, u, 0, 0);
+}
+
+/* dy through the ReLU, for n values of a channel from `first` on: they are written to `gated`, or to the gradient of the
+ * residual, from which the second pass then reads them. Whether the ReLU was open is seen from its output where that was
+ * kept, and else from the affine map, computed as it was in the forward, to the last bit. */
+static const T *NAME(dy_of_block)(const struct pass *pass, int64_t first, int64_t n, A mean, A a, A c, int again, T *gated)
+{
+    const T *x = (const T *)pass->x + first, *dy = (const T *)pass->dy + first;
+    const T *y = pass->y ? (const T *)pass->y + first : NULL;
+    if (!pass->relu)
+        return dy;
+    if (pass->residual_grad) {
+        gated = (T *)pass->residual_grad + first;
+        if (again)
+            return gated;
+    }
+    if (n < LANES) {
+        V v = y ? NAME(load_part)(y, n) : (NAME(load_part)(x, n) - mean) * a + c;
+        NAME(store_part)(gated, NAME(gate)(v, NAME(load_part)(dy, n)), n);
+        return gated;
+    }
+    int64_t i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES) {
+        V v = y ? FIRST(y + i) : (FIRST(x + i) - mean) * a + c, w = y ? SECOND(y + i) : (SECOND(x + i) - mean) * a + c;
+        STORE_PAIR(gated + i, NAME(gate)(v, FIRST(dy + i)), NAME(gate)(w, SECOND(dy + i)));
+    }
+    for (; i < n; i += LANES) {
+        i = least(i, n - LANES);
+        V v = y ? LOAD(y + i) : (LOAD(x + i) - mean) * a + c;
+        STORE(gated + i, NAME(gate)(v, LOAD(dy + i)));
+    }
+    return gated;
 }
 
 static struct pair NAME(sums_of_block)(const T *x, const T *dy, A mean, int64_t n)
@@ -200,46 +255,61 @@ static struct pair NAME(sums_of_block)(const T *x, const T *dy, A mean, int64_t 
 static void NAME(sums_of_planes)(const struct pass *pass, struct unit u)
 {
     int64_t C = pass->C, S = pass->S;
-    const A *mean = (const A *)pass->mean + u.group * C;
+    const A *mean = (const A *)pass->mean + u.group * C + u.c0;
+    A a[CHANNELS], c[CHANNELS];
+    T gated[2 * BLOCK];
+    if (pass->relu)
+        NAME(effective_affine)(pass, u, a, c);
     memset(u.first, 0, (size_t)(u.c1 - u.c0) * sizeof(double));
     memset(u.second, 0, (size_t)(u.c1 - u.c0) * sizeof(double));
     for (int64_t n = u.n0; n < u.n1; n++)
-        for (int64_t c = u.c0; c < u.c1; c++) {
-            const T *x = (const T *)pass->x + (n * C + c) * S, *dy = (const T *)pass->dy + (n * C + c) * S;
+        for (int64_t k = 0; k < u.c1 - u.c0; k++)
             for (int64_t i = 0, block; i < S; i += block) {
+                int64_t first = (n * C + u.c0 + k) * S + i;
                 block = block_of(S - i);
-                struct pair found = NAME(sums_of_block)(x + i, dy + i, mean[c], block);
-                u.first[c - u.c0] += found.first;
-                u.second[c - u.c0] += found.second;
+                const T *dy = NAME(dy_of_block)(pass, first, block, mean[k], a[k], c[k], 0, gated);
+                struct pair found = NAME(sums_of_block)((const T *)pass->x + first, dy, mean[k], block);
+                u.first[k] += found.first;
+                u.second[k] += found.second;
             }
-        }
 }
 
 /* out = dy * a + (x - mean) * b + c */
+static void NAME(gradient_of_block)(const T *x, const T *dy, T *out, int64_t n, A mean, A a, A b, A c)
+{
+    int64_t i = 0;
+    if (n < LANES) {
+        V d = NAME(load_part)(x, n) - mean;
+        NAME(store_part)(out, NAME(load_part)(dy, n) * a + (d * b + c), n);
+        return;
+    }
+    for (; i + 2 * LANES <= n; i += 2 * LANES)
+        STORE_PAIR(out + i, FIRST(dy + i) * a + ((FIRST(x + i) - mean) * b + c),
+                   SECOND(dy + i) * a + ((SECOND(x + i) - mean) * b + c));
+    for (; i < n; i += LANES) {
+        i = least(i, n - LANES);
+        STORE(out + i, LOAD(dy + i) * a + ((LOAD(x + i) - mean) * b + c));
+    }
+}
+
 static void NAME(gradient_of_planes)(const struct pass *pass, struct unit u)
 {
-    int64_t C = pass->C, S = pass->S, v = u.group * C;
+    int64_t C = pass->C, S = pass->S, v = u.group * C + u.c0;
     const A *mean = (const A *)pass->mean + v, *a = (const A *)pass->a + v, *b = (const A *)pass->b + v,
             *c = (const A *)pass->c + v;
+    A opening[CHANNELS], shift[CHANNELS];
+    T gated[2 * BLOCK];
+    if (pass->relu)
+        NAME(effective_affine)(pass, u, opening, shift);
     for (int64_t n = u.n0; n < u.n1; n++)
-        for (int64_t k = u.c0; k < u.c1; k++) {
-            const T *x = (const T *)pass->x + (n * C + k) * S, *dy = (const T *)pass->dy + (n * C + k) * S;
-            T *out = (T *)pass->out + (n * C + k) * S;
-            A mean_k = mean[k], a_k = a[k], b_k = b[k], c_k = c[k];
-            if (S < LANES) {
-                V d = NAME(load_part)(x, S) - mean_k;
-                NAME(store_part)(out, NAME(load_part)(dy, S) * a_k + (d * b_k + c_k), S);
-            } else {
-                int64_t i = 0;
-                for (; i + 2 * LANES <= S; i += 2 * LANES)
-                    STORE_PAIR(out + i, FIRST(dy + i) * a_k + ((FIRST(x + i) - mean_k) * b_k + c_k),
-                               SECOND(dy + i) * a_k + ((SECOND(x + i) - mean_k) * b_k + c_k));
-                for (; i < S; i += LANES) {
-                    i = least(i, S - LANES);
-                    STORE(out + i, LOAD(dy + i) * a_k + ((LOAD(x + i) - mean_k) * b_k + c_k));
-                }
+        for (int64_t k = 0; k < u.c1 - u.c0; k++)
+            for (int64_t i = 0, block; i < S; i += block) {
+                int64_t first = (n * C + u.c0 + k) * S + i;
+                block = block_of(S - i);
+                const T *dy = NAME(dy_of_block)(pass, first, block, mean[k], opening[k], shift[k], 1, gated);
+                NAME(gradient_of_block)((const T *)pass->x + first, dy, (T *)pass->out + first, block, mean[k], a[k],
+                                        b[k], c[k]);
             }
-        }
 }
 
 /* ------------------------------------------------------- rows: (N * S, C), channels together; also dense (N, C), S = 1
@@ -348,7 +418,8 @@ static inline const A *NAME(in_pairs)(const A *p, int64_t width, A *copy)
     return copy;
 }
 
-static void NAME(affine_of_rows)(const struct pass *pass, struct unit u)
+static inline __attribute__((always_inline)) void NAME(affine_of_rows_as)(const struct pass *pass, struct unit u,
+                                                                          int more, int relu)
 {
     int64_t C = pass->C, width = u.c1 - u.c0;
     const A *mean = (const A *)pass->mean + u.group * C + u.c0;
@@ -356,29 +427,103 @@ static void NAME(affine_of_rows)(const struct pass *pass, struct unit u)
     NAME(effective_affine)(pass, u, a, c);
     const A *mean2 = NAME(in_pairs)(mean, width, copies[0]), *a2 = NAME(in_pairs)(a, width, copies[1]),
             *c2 = NAME(in_pairs)(c, width, copies[2]);
-    const T *x = (const T *)pass->x + u.n0 * C + u.c0;
-    T *out = (T *)pass->out + u.n0 * C + u.c0;
-    for (int64_t r = u.n0; r < u.n1; r++, x += C, out += C) {
+    for (int64_t r = u.n0; r < u.n1; r++) {
+        const T *x = (const T *)pass->x + r * C + u.c0, *residual = more ? (const T *)pass->residual + r * C + u.c0 : NULL;
+        T *out = (T *)pass->out + r * C + u.c0;
         int64_t k = 0, l = LANES;
-        for (; k + NAME(PAIR) <= width; k += NAME(PAIR), l += NAME(PAIR))
-            STORE_PAIR(out + k, (FIRST(x + k) - NAME(vector)(mean2 + k)) * NAME(vector)(a2 + k) + NAME(vector)(c2 + k),
-                       (SECOND(x + k) - NAME(vector)(mean2 + l)) * NAME(vector)(a2 + l) + NAME(vector)(c2 + l));
+        for (; k + NAME(PAIR) <= width; k += NAME(PAIR), l += NAME(PAIR)) {
+            V v = (FIRST(x + k) - NAME(vector)(mean2 + k)) * NAME(vector)(a2 + k) + NAME(vector)(c2 + k);
+            V w = (SECOND(x + k) - NAME(vector)(mean2 + l)) * NAME(vector)(a2 + l) + NAME(vector)(c2 + l);
+            if (more)
+                v += FIRST(residual + k), w += SECOND(residual + k);
+            STORE_PAIR(out + k, relu ? NAME(relu)(v) : v, relu ? NAME(relu)(w) : w);
+        }
         if (width < LANES) {
-            V d = NAME(load_part)(x, width) - NAME(vector_part)(mean, width);
-            NAME(store_part)(out, d * NAME(vector_part)(a, width) + NAME(vector_part)(c, width), width);
+            V v = NAME(load_part)(x, width) - NAME(vector_part)(mean, width);
+            v = v * NAME(vector_part)(a, width) + NAME(vector_part)(c, width);
+            v = more ? v + NAME(load_part)(residual, width) : v;
+            NAME(store_part)(out, relu ? NAME(relu)(v) : v, width);
         } else
             for (; k < width; k += LANES) {
                 k = least(k, width - LANES);
-                STORE(out + k, (LOAD(x + k) - NAME(vector)(mean + k)) * NAME(vector)(a + k) + NAME(vector)(c + k));
+                V v = (LOAD(x + k) - NAME(vector)(mean + k)) * NAME(vector)(a + k) + NAME(vector)(c + k);
+                v = more ? v + LOAD(residual + k) : v;
+                STORE(out + k, relu ? NAME(relu)(v) : v);
             }
     }
 }
 
-static inline void NAME(sum_rows)(const T *x, const T *dy, int64_t C, int rows, int half, int64_t n, V mean, V *s, V *p)
+static void NAME(affine_of_rows)(const struct pass *pass, struct unit u)
+{
+    if (pass->residual)
+        pass->relu ? NAME(affine_of_rows_as)(pass, u, 1, 1) : NAME(affine_of_rows_as)(pass, u, 1, 0);
+    else
+        pass->relu ? NAME(affine_of_rows_as)(pass, u, 0, 1) : NAME(affine_of_rows_as)(pass, u, 0, 0);
+}
+
+/* What `dy_of_rows` needs for a unit: the affine map, also in the order of pairs, and memory for some rows. */
+struct NAME(gates) {
+    A a[CHANNELS], c[CHANNELS], copies[3][CHANNELS];
+    const A *mean, *mean2, *a2, *c2;
+    T gated[8 * CHANNELS];
+};
+
+static void NAME(open_gates)(const struct pass *pass, struct unit u, struct NAME(gates) *g)
+{
+    int64_t width = u.c1 - u.c0;
+    if (!pass->relu)
+        return;
+    g->mean = (const A *)pass->mean + u.group * pass->C + u.c0;
+    NAME(effective_affine)(pass, u, g->a, g->c);
+    g->mean2 = NAME(in_pairs)(g->mean, width, g->copies[0]);
+    g->a2 = NAME(in_pairs)(g->a, width, g->copies[1]);
+    g->c2 = NAME(in_pairs)(g->c, width, g->copies[2]);
+}
+
+/* `dy_of_block` for up to 8 rows of a unit from `row` on, `stride` apart. */
+static const T *NAME(dy_of_rows)(const struct pass *pass, struct unit u, int64_t row, int rows, int again,
+                                 struct NAME(gates) *g, int64_t *stride)
+{
+    int64_t C = pass->C, width = u.c1 - u.c0, first = row * C + u.c0;
+    *stride = C;
+    if (!pass->relu)
+        return (const T *)pass->dy + first;
+    if (pass->residual_grad && again)
+        return (const T *)pass->residual_grad + first;
+    *stride = pass->residual_grad ? C : width;
+    T *gated = pass->residual_grad ? (T *)pass->residual_grad + first : g->gated;
+    for (int r = 0; r < rows; r++) {
+        int64_t at = first + r * C, k = 0, l = LANES;
+        const T *x = (const T *)pass->x + at, *dy = (const T *)pass->dy + at, *y = pass->y ? (const T *)pass->y + at : NULL;
+        T *out = gated + r * *stride;
+        for (; k + NAME(PAIR) <= width; k += NAME(PAIR), l += NAME(PAIR)) {
+            V v = y ? FIRST(y + k)
+                    : (FIRST(x + k) - NAME(vector)(g->mean2 + k)) * NAME(vector)(g->a2 + k) + NAME(vector)(g->c2 + k);
+            V w = y ? SECOND(y + k)
+                    : (SECOND(x + k) - NAME(vector)(g->mean2 + l)) * NAME(vector)(g->a2 + l) + NAME(vector)(g->c2 + l);
+            STORE_PAIR(out + k, NAME(gate)(v, FIRST(dy + k)), NAME(gate)(w, SECOND(dy + k)));
+        }
+        if (width < LANES) {
+            V d = NAME(load_part)(x, width) - NAME(vector_part)(g->mean, width);
+            V v = y ? NAME(load_part)(y, width) : d * NAME(vector_part)(g->a, width) + NAME(vector_part)(g->c, width);
+            NAME(store_part)(out, NAME(gate)(v, NAME(load_part)(dy, width)), width);
+        } else
+            for (; k < width; k += LANES) {
+                k = least(k, width - LANES);
+                V d = LOAD(x + k) - NAME(vector)(g->mean + k);
+                V v = y ? LOAD(y + k) : d * NAME(vector)(g->a + k) + NAME(vector)(g->c + k);
+                STORE(out + k, NAME(gate)(v, LOAD(dy + k)));
+            }
+    }
+    return gated;
+}
+
+static inline void NAME(sum_rows)(const T *x, int64_t C, const T *dy, int64_t stride, int rows, int half, int64_t n,
+                                  V mean, V *s, V *p)
 {
     V sum = {0}, dot = {0};
     for (int i = 0; i < rows; i++) {
-        V g = NAME(get)(dy + i * C, half, n);
+        V g = NAME(get)(dy + i * stride, half, n);
         sum += g;
         dot += g * (NAME(get)(x + i * C, half, n) - mean);
     }
@@ -386,44 +531,50 @@ static inline void NAME(sum_rows)(const T *x, const T *dy, int64_t C, int rows, 
     *p += dot;
 }
 
-static inline void NAME(sum_block)(const T *x, const T *dy, int64_t C, int64_t width, int rows, const A *mean,
-                                   const A *mean2, V *s, V *p)
+static inline void NAME(sum_block)(const T *x, int64_t C, const T *dy, int64_t stride, int64_t width, int rows,
+                                   const A *mean, const A *mean2, V *s, V *p)
 {
     int64_t c = 0, j = 0;
     for (; c + NAME(PAIR) <= width; c += NAME(PAIR), j += 2) {
-        NAME(sum_rows)(x + c, dy + c, C, rows, 0, LANES, NAME(vector)(mean2 + c), s + j, p + j);
-        NAME(sum_rows)(x + c, dy + c, C, rows, 1, LANES, NAME(vector)(mean2 + c + LANES), s + j + 1, p + j + 1);
+        NAME(sum_rows)(x + c, C, dy + c, stride, rows, 0, LANES, NAME(vector)(mean2 + c), s + j, p + j);
+        NAME(sum_rows)(x + c, C, dy + c, stride, rows, 1, LANES, NAME(vector)(mean2 + c + LANES), s + j + 1, p + j + 1);
     }
     for (; c < width; c += LANES, j++)
         if (width < LANES)
-            NAME(sum_rows)(x, dy, C, rows, 2, width, NAME(vector_part)(mean, width), s, p);
+            NAME(sum_rows)(x, C, dy, stride, rows, 2, width, NAME(vector_part)(mean, width), s, p);
         else {
             int64_t k = least(c, width - LANES);
-            NAME(sum_rows)(x + k, dy + k, C, rows, 2, LANES, NAME(vector)(mean + k), s + j, p + j);
+            NAME(sum_rows)(x + k, C, dy + k, stride, rows, 2, LANES, NAME(vector)(mean + k), s + j, p + j);
         }
 }
 
 static void NAME(sums_of_rows)(const struct pass *pass, struct unit u)
 {
-    int64_t C = pass->C, rows = u.n1 - u.n0, width = u.c1 - u.c0;
+    int64_t C = pass->C, width = u.c1 - u.c0, stride;
     A copy[CHANNELS];
     const A *mean = (const A *)pass->mean + u.group * C + u.c0, *mean2 = NAME(in_pairs)(mean, width, copy);
     V sum[CHANNELS / LANES], dot[CHANNELS / LANES];
     A sums[CHANNELS], dots[CHANNELS];
+    struct NAME(gates) gates;
+    NAME(open_gates)(pass, u, &gates);
     size_t used = (size_t)((width + LANES - 1) / LANES) * sizeof(V);
     memset(u.first, 0, (size_t)width * sizeof(double));
     memset(u.second, 0, (size_t)width * sizeof(double));
-    for (int64_t leaf = 0; leaf < rows; leaf += LEAF) {
-        int64_t count = least(LEAF, rows - leaf), r = 0, first = (u.n0 + leaf) * C + u.c0;
+    for (int64_t leaf = u.n0; leaf < u.n1; leaf += LEAF) {
+        int64_t end = least(leaf + LEAF, u.n1), r = leaf;
         memset(sum, 0, used);
         memset(dot, 0, used);
-        const T *x = (const T *)pass->x + first, *dy = (const T *)pass->dy + first;
-        for (; r + 8 <= count; r += 8, x += 8 * C, dy += 8 * C)
-            NAME(sum_block)(x, dy, C, width, 8, mean, mean2, sum, dot);
-        for (; r + 4 <= count; r += 4, x += 4 * C, dy += 4 * C)
-            NAME(sum_block)(x, dy, C, width, 4, mean, mean2, sum, dot);
-        for (; r < count; r++, x += C, dy += C)
-            NAME(sum_block)(x, dy, C, width, 1, mean, mean2, sum, dot);
+        while (r < end) {
+            int rows = end - r >= 8 ? 8 : end - r >= 4 ? 4 : 1;
+            const T *x = (const T *)pass->x + r * C + u.c0, *dy = NAME(dy_of_rows)(pass, u, r, rows, 0, &gates, &stride);
+            if (rows == 8)
+                NAME(sum_block)(x, C, dy, stride, width, 8, mean, mean2, sum, dot);
+            else if (rows == 4)
+                NAME(sum_block)(x, C, dy, stride, width, 4, mean, mean2, sum, dot);
+            else
+                NAME(sum_block)(x, C, dy, stride, width, 1, mean, mean2, sum, dot);
+            r += rows;
+        }
         NAME(in_order)(sum, width, sums);
         NAME(in_order)(dot, width, dots);
         for (int64_t c = 0; c < width; c++) {
@@ -435,15 +586,17 @@ static void NAME(sums_of_rows)(const struct pass *pass, struct unit u)
 
 static void NAME(gradient_of_rows)(const struct pass *pass, struct unit u)
 {
-    int64_t C = pass->C, v = u.group * C + u.c0, width = u.c1 - u.c0;
+    int64_t C = pass->C, v = u.group * C + u.c0, width = u.c1 - u.c0, stride;
     const A *mean = (const A *)pass->mean + v, *a = (const A *)pass->a + v, *b = (const A *)pass->b + v,
             *c = (const A *)pass->c + v;
     A copies[4][CHANNELS];
     const A *mean2 = NAME(in_pairs)(mean, width, copies[0]), *a2 = NAME(in_pairs)(a, width, copies[1]),
             *b2 = NAME(in_pairs)(b, width, copies[2]), *c2 = NAME(in_pairs)(c, width, copies[3]);
-    const T *x = (const T *)pass->x + u.n0 * C + u.c0, *dy = (const T *)pass->dy + u.n0 * C + u.c0;
-    T *out = (T *)pass->out + u.n0 * C + u.c0;
-    for (int64_t r = u.n0; r < u.n1; r++, x += C, dy += C, out += C) {
+    struct NAME(gates) gates;
+    NAME(open_gates)(pass, u, &gates);
+    for (int64_t r = u.n0; r < u.n1; r++) {
+        const T *x = (const T *)pass->x + r * C + u.c0, *dy = NAME(dy_of_rows)(pass, u, r, 1, 1, &gates, &stride);
+        T *out = (T *)pass->out + r * C + u.c0;
         int64_t k = 0, l = LANES;
         for (; k + NAME(PAIR) <= width; k += NAME(PAIR), l += NAME(PAIR)) {
             V d = FIRST(x + k) - NAME(vector)(mean2 + k), e = SECOND(x + k) - NAME(vector)(mean2 + l);
