@@ -79,7 +79,7 @@ REHEARSAL = replace(
     presets.imagenet,
     name="rehearsal",
     batch_size=4,
-    steps=5,
+    steps=16,
     warmup=0,
     evaluations=1,
     evaluation_items=8,
@@ -87,10 +87,10 @@ REHEARSAL = replace(
     # The same minibatch again and again, averages that follow in a few steps, and limits for averages of so few.
     augment=False,
     alpha=0.9,
-    r_max=1.5,
-    d_max=0.5,
+    r_max=1.1,
+    d_max=0.1,
     averaging=0.5,
-    learning_rate=0.001,
+    learning_rate=0.003,
     arms=(Arm("microbatch", "bn", group=2), Arm("microbatch", "brn", group=2)),
     rows=(),
     figures=(),
@@ -168,6 +168,9 @@ def _command() -> int:
             raise AssertionError(f"process {rank} writes {path}")
         write(path, content)
 
+    if REHEARSAL.name in options.words:
+        # Half of the features dropped at random, and four images: no fall of the loss would show in so few steps.
+        patch.setattr(torch.nn.functional, "dropout", lambda x, *_: x)
     patch.setattr(training._Training, "_step", disturbed)
     patch.setattr(checkpoints, "write", owned)
     status = cli.main(options.words)
@@ -532,7 +535,7 @@ def test_the_recipe_for_imagenet_trains_on_photographs(
     seconds = {}
     for (arm, _), records in results(tmp_path / "runs" / "rehearsal").items():
         losses = first["losses"][arm]
-        assert losses[-1] < losses[0]
+        assert sum(losses[-3:]) < 0.8 * sum(losses[:3]), losses
         assert {r["parameters"] for r in records} == {"last", "averaged"}
     for line in (tmp_path / "runs" / "rehearsal" / "results.jsonl").read_text().splitlines():
         record = json.loads(line)

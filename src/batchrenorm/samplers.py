@@ -83,7 +83,7 @@ class LabelGroupBatchSampler(Sampler[list[int]]):
                 f"of label {int(names[rare])}; leave rare labels out or draw fewer images"
             )
         self._order = order  # the images of a label side by side
-        self._first, self._counts = counts.cumsum(0) - counts, counts.tolist()
+        self._first, self._counts = counts.cumsum(0) - counts, counts
         self.labels_per_batch = labels_per_batch
         self.images_per_label = images_per_label
         self.sets_per_batch = sets_per_batch
@@ -127,10 +127,13 @@ class LabelGroupBatchSampler(Sampler[list[int]]):
         """The minibatch at this place of the epoch, without moving the iteration."""
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {self.epoch} {index}").getrandbits(63))
         batch: list[int] = []
+        most = int(self._counts.max())
         for _ in range(self.sets_per_batch):
             labels = torch.randint(len(self._counts), (self.labels_per_batch,), generator=generator)
-            shuffled = (torch.randperm(self._counts[label], generator=generator) for label in labels.tolist())
-            drawn = torch.stack([places[: self.images_per_label] for places in shuffled])
+            # The images with the smallest of random keys: any of them, in any order. A float64 has no equals.
+            keys = torch.rand(len(labels), most, generator=generator, dtype=torch.float64)
+            keys.masked_fill_(torch.arange(most) >= self._counts[labels, None], 2.0)
+            drawn = keys.topk(self.images_per_label, largest=False).indices
             drawn = self._order[drawn + self._first[labels, None]]
             # (labels, parts, images of a label in a part) -> parts first
             batch += drawn.unflatten(1, (self.spread, -1)).transpose(0, 1).flatten().tolist()
