@@ -212,8 +212,11 @@ def _inference(
 
 
 def _finished(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
-    if residual is not None:
-        y = y + residual
+    # In place where y is nobody else's: batch norm's backward does not read its output.
+    if is_plain_eager(y):
+        y = y if residual is None else y.add_(residual)
+        return y if activation is None else y.relu_()
+    y = y if residual is None else y + residual
     return y if activation is None else y.relu()
 
 
