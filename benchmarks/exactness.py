@@ -145,7 +145,8 @@ def gate(names: list[str], device: str = "cpu", say: Callable[[str], None] = pri
                 text = f"{name} disagrees with batchrenorm.reference on {case.name!r}: {quantity} by {largest:.1e}"
                 if name.startswith("brn"):
                     raise Refused(
-                        f"{text}, expected at most {GATE_TOLERANCE[case.dtype]:.0e}; correct it first (make test), then measure"
+                        f"{text}, expected at most {GATE_TOLERANCE[case.dtype]:.0e}; "
+                        "correct it first (make test), then measure"
                     )
                 say(f"  {text}")
     return worst

@@ -85,8 +85,8 @@ def tables(rows: Sequence[Row], markdown: bool = True, headline: bool = False) -
         if headline:
             continue
         parts.append(
-            "Launches, peak of memory and bytes kept for the backward in sizes of x; largest error of y and of dx against "
-            "float64:"
+            "Launches, peak of memory and bytes kept for the backward in sizes of x; largest error of y and of dx "
+            "against float64:"
         )
         parts += [_format(*_fact_table(group, names[1:]), markdown) for names, group in fields.items()]
     if not headline:

@@ -379,10 +379,11 @@ def _bench(options: argparse.Namespace) -> None:
     for heading in ("", "", "bn, ms", "bn again", "batchrenorm"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for line in lines:
-        cells = ("{0.ratio:.2f} ({0.quartiles[0]:.2f}–{0.quartiles[1]:.2f})".format(t) for t in line[3:])
+        cells = (f"{t.ratio:.2f} ({t.quartiles[0]:.2f}–{t.quartiles[1]:.2f})" for t in line[3:])
         table.add_row(line.what, line.run, f"{line.norm.ms:.3g}", *cells)
-    console = Console(soft_wrap=True)
-    console.print(table, crop=False)
+    # Narrower, as where no terminal says its width, rich would cut the figures.
+    console = Console(soft_wrap=True, width=max(Console().width, 110))
+    console.print(table)
     noise = max(abs(line.again.ratio - 1) for line in lines)
     console.print(
         "Times relative to batch norm's: median (quartiles) of interleaved rounds. The same code twice differs by up "
