@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import importlib.metadata
 import os
@@ -20,7 +21,7 @@ from .cases import SUITES, suite
 from .exactness import Refused, gate
 from .measure import measure
 from .plots import plot
-from .tables import RESULTS, append, load, paste, select, tables
+from .tables import RESULTS, append, load, paste, select, slug, tables
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,6 +72,9 @@ def _run(options: argparse.Namespace) -> int:
     print("exactness on small tensors, against batchrenorm.reference in float64:", flush=True)
     worst = gate(["brn", "brn 8x4", "keras", "torchrl", "sb3"], options.device)
     print("  largest error in float32: " + ", ".join(f"{name} {value:.1e}" for name, value in worst.items()))
+    # Each timing begins with a collection; from here on those do not walk through all of torch and Keras.
+    gc.collect()
+    gc.freeze()
     place = environment(options.device, options.threads)
     path = options.results / f"{slug(place['device'])}.jsonl"
     if options.resume and path.exists():
@@ -168,10 +172,6 @@ def _cpu() -> str:
     except (OSError, StopIteration):
         model = platform.processor() or platform.machine()
     return f"{model} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def slug(device: object) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", str(device).lower()).strip("-")
 
 
 def _git(*arguments: str) -> str | None:

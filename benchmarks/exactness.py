@@ -33,9 +33,9 @@ class Inputs(NamedTuple):
 
 def inputs(case: Case, device: str, seed: int = 1) -> Inputs:
     """Random ones: x with mean 0.5 and standard deviation 1.5."""
-    g = torch.Generator().manual_seed(seed)
-    normal = (torch.randn(case.shape, generator=g) for _ in range(3 if case.fused == ADD_RELU else 2))
-    x, dy, *residual = (t.to(device) for t in normal)
+    g = torch.Generator(device).manual_seed(seed)
+    count = 3 if case.fused == ADD_RELU else 2
+    x, dy, *residual = (torch.randn(case.shape, generator=g, device=device) for _ in range(count))
     x, dy, *residual = (case.arrange(t.to(DTYPES[case.dtype])) for t in (x.mul_(1.5).add_(0.5), dy, *residual))
     return Inputs(x.requires_grad_(), dy, residual[0].requires_grad_() if residual else None)
 

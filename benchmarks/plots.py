@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import PLAIN, TRAIN
-from .tables import Row, _title
+from .tables import Row, slug, title
 
 _COLOURS = {"NCHW": "#0b5fa5", "channels_last": "#d1600a", "(N, C)": "#3a7d34"}
 _MARKERS = {"fp32": "o", "bf16": "s", "fp16": "^"}
@@ -30,14 +30,13 @@ def plot(rows: Sequence[Row], directory: Path) -> list[Path]:
     plain = [row for row in rows if row["pass"] == TRAIN and row.get("fused") == PLAIN and "nbytes" in row]
     for device, threads in dict.fromkeys((row["device"], row["threads"]) for row in plain):
         mine = [row for row in plain if (row["device"], row["threads"]) == (device, threads)]
-        slug = "".join(c if c.isalnum() else "-" for c in device.lower()).strip("-")
         for name, draw in (("sizes", _sizes), ("peers", _peers)):
             with matplotlib.rc_context({"svg.hashsalt": "batchrenorm", "font.size": 9, "svg.fonttype": "none"}):
                 figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
                 if draw(axes, mine):
                     axes.set_title(f"{device}, {threads} threads, commit {mine[-1]['commit'][:12]}", fontsize=8)
                     directory.mkdir(parents=True, exist_ok=True)
-                    made.append(directory / f"{slug}-{name}.svg")
+                    made.append(directory / f"{slug(device)}-{name}.svg")
                     figure.savefig(made[-1], metadata={"Date": None})
                 plt.close(figure)
     return made
@@ -92,7 +91,7 @@ def _peers(axes: Any, rows: Sequence[Row]) -> bool:
             [place + (number - (len(names) - 1) / 2) * height for place, _ in places],
             [ratio for _, ratio in places],
             height,
-            label=_title(name),
+            label=title(name),
         )
     axes.axvline(1, color="0.3", linewidth=0.8)
     axes.set_xscale("log")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -22,6 +23,11 @@ TITLES = {
     "sb3": "sb3-contrib",
     "copy": "copy",
 }
+
+
+def slug(device: object) -> str:
+    """A file's name for it."""
+    return re.sub(r"[^a-z0-9]+", "-", str(device).lower()).strip("-")
 
 
 def append(rows: Iterable[Row], path: Path) -> None:
@@ -115,7 +121,7 @@ def _caption(rows: Sequence[Row]) -> str:
     )
 
 
-def _title(name: str) -> str:
+def title(name: str) -> str:
     first, *rest = name.split(" ", 1)
     return " ".join([TITLES.get(first, first), *rest])
 
@@ -129,7 +135,7 @@ def _time_table(rows: Sequence[Row], names: Sequence[str], brief: bool = False) 
     base = rows[0]["base"]
     rivals = [name for name in names if name not in (base, "copy")]
     ours = next((name for name in names if name.startswith("brn")), base)
-    header = ["case", "pass", f"{_title(base)}, ms", *map(_title, rivals), f"share, {_title(ours)}"]
+    header = ["case", "pass", f"{title(base)}, ms", *map(title, rivals), f"share, {title(ours)}"]
     if brief:
         header = ["forward and backward", *header[2:-1]]
     lines = []
@@ -173,7 +179,7 @@ def _fact_table(rows: Sequence[Row], names: Sequence[str]) -> tuple[list[str], l
     for case in dict.fromkeys(row["case"] for row in rows):
         cells = {r["implementation"]: r for r in rows if r["case"] == case and ("saved" in r or r["pass"] == "step")}
         lines.append([case, *(_facts(cells[name]) if name in cells else "–" for name in names)])
-    return ["case", *map(_title, names)], lines
+    return ["case", *map(title, names)], lines
 
 
 def _facts(row: Row) -> str:
