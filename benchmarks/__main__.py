@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     run = commands.add_parser("run", help="measure, print, record")
     run.add_argument("--suite", choices=SUITES, default=None, help="default: cpu, or gpu with --device cuda")
     run.add_argument("--only", metavar="REGEX", default="", help="cases whose name matches")
-    run.add_argument("--seconds", type=float, default=0.8, help="for each case and pass, without warm-up (default 0.8)")
+    run.add_argument("--seconds", type=float, default=0.5, help="for each case and pass, without warm-up (default 0.5)")
     run.add_argument("--threads", type=int, default=2)
     run.add_argument("--device", default="cpu", help="cpu or cuda")
     run.add_argument("--resume", action="store_true", help="leave out what is recorded for this code and machine")

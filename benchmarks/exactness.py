@@ -50,6 +50,9 @@ NEAR_ZERO = {"fp32": 1e-3, "bf16": 0.1, "fp16": 2e-2}
 """Where y before the ReLU is this near to 0, rounding in x's dtype decides which way it goes, for everyone."""
 
 
+_ELEMENTS = 2e6
+
+
 class Truth(NamedTuple):
     y: Tensor
     gradients: tuple[Tensor, ...]
@@ -60,11 +63,21 @@ class Truth(NamedTuple):
     """the one to use: 0 where y is near 0 before a ReLU"""
 
 
-def truth(case: Case, given: Inputs, state: State, renorm: bool, microbatch: int | None = None) -> Truth:
-    """All of it in float64 by `batchrenorm.reference`; batch norm is r_max=1, d_max=0."""
-    x = given.x.detach().double().requires_grad_()
-    mu, sigma = state.mu.double(), state.sigma.double()
-    gamma, beta = (v.double().requires_grad_() for v in (state.gamma, state.beta))
+def some_channels(case: Case, device: str) -> Tensor:
+    """All channels; of large x on the CPU so many, evenly from the first to the last, as float64 takes a second for."""
+    C = case.shape[1]
+    count = C if device != "cpu" else min(C, max(2, int(_ELEMENTS * C / math.prod(case.shape))))
+    return torch.linspace(0, C - 1, count).round().long().unique().to(device)
+
+
+def truth(
+    case: Case, given: Inputs, state: State, renorm: bool, microbatch: int | None = None, channels: Tensor | None = None
+) -> Truth:
+    """All of it in float64 by `batchrenorm.reference`, for these channels; batch norm is r_max=1, d_max=0."""
+    channels = torch.arange(case.shape[1], device=given.x.device) if channels is None else channels
+    x = given.x.detach()[:, channels].double().requires_grad_()
+    gamma, beta, mu, sigma = (v[channels].double() for v in (state.gamma, state.beta, state.mu, state.sigma))
+    gamma.requires_grad_(), beta.requires_grad_()
     limits = {"r_max": R_MAX, "d_max": D_MAX} if renorm else {"r_max": 1.0, "d_max": 0.0}
     parts = [
         reference.batch_renorm(part, mu, sigma, gamma, beta, alpha=MOMENTUM, eps=EPS, **limits)
@@ -72,20 +85,22 @@ def truth(case: Case, given: Inputs, state: State, renorm: bool, microbatch: int
     ]
     y, dy = torch.cat([part[0] for part in parts]), given.dy
     if given.residual is not None:
-        y = y + given.residual.detach().double()
+        y = y + given.residual.detach()[:, channels].double()
     if case.fused != PLAIN:
-        dy = dy.masked_fill(y.detach().abs() < NEAR_ZERO[case.dtype], 0)
+        dy = dy.clone(memory_format=torch.preserve_format)
+        dy[:, channels] = dy[:, channels].masked_fill(y.detach().abs() < NEAR_ZERO[case.dtype], 0)
         y = y.relu()
-    gradients = torch.autograd.grad(y, [x, gamma, beta], dy.double())
+    gradients = torch.autograd.grad(y, [x, gamma, beta], dy[:, channels].double())
     return Truth(y.detach(), gradients, tuple(torch.stack([p[i] for p in parts]).mean(0) for i in (1, 2)), dy)
 
 
-def inference_truth(case: Case, given: Inputs, state: State) -> Tensor:
-    like = (1, -1) + (1,) * (len(case.shape) - 2)
-    gamma, beta, mu, sigma = (v.double().view(like) for v in (state.gamma, state.beta, state.mu, state.sigma))
-    y = gamma * (given.x.detach().double() - mu) / sigma + beta
+def inference_truth(case: Case, given: Inputs, state: State, channels: Tensor | None = None) -> Tensor:
+    channels = torch.arange(case.shape[1], device=given.x.device) if channels is None else channels
+    vectors = (v[channels].double() for v in (state.gamma, state.beta, state.mu, state.sigma))
+    gamma, beta, mu, sigma = (v.view((1, -1) + (1,) * (len(case.shape) - 2)) for v in vectors)
+    y = gamma * (given.x.detach()[:, channels].double() - mu) / sigma + beta
     if given.residual is not None:
-        y = y + given.residual.detach().double()
+        y = y + given.residual.detach()[:, channels].double()
     return y if case.fused == PLAIN else y.relu()
 
 

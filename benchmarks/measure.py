@@ -17,7 +17,7 @@ from batchrenorm.timing import Call, enqueue, events, summarise, time_rounds, wa
 
 from . import gpu
 from .cases import BACKWARD, BYTES, EVAL, FORWARD, TRAIN, Case
-from .exactness import Inputs, Refused, Truth, error, inference_truth, inputs, truth
+from .exactness import Inputs, Refused, Truth, error, inference_truth, inputs, some_channels, truth
 from .implementations import Layer, State, Unavailable, build
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
@@ -69,7 +69,7 @@ def _layers(case: Case, device: str, seconds: float, say: Say) -> Iterator[Row]:
     base = case.implementations[0]
     if base not in layers:
         return
-    facts = _facts(case, given[0], state, list(layers))
+    facts = _facts(case, given[0], state, list(layers), some_channels(case, device))
     for direction in case.passes:
         calls = {name: [_call(layer, direction, some) for some in given] for name, layer in layers.items()}
         # A compiled backward gives its buffers away, so it cannot be run again and again.
@@ -83,7 +83,7 @@ def _layers(case: Case, device: str, seconds: float, say: Say) -> Iterator[Row]:
                 # Of the kernels where they are measured apart from their host.
                 key = next(key for key in ("graph_ms", "event_ms", "ms") if key in row and key in timed["copy"])
                 row["copy_share"] = BYTES[case.fused][direction] / 2 * timed["copy"][key] / row[key]  # type: ignore
-                row |= facts.get((name, direction), {})
+                row |= facts.get((name.removesuffix(" again"), direction), {})
                 row |= _profile(calls[name][0], case.nbytes, device)
             if device != "cpu":
                 row["cold_l2"] = gpu.is_cold(case.nbytes, device)
@@ -132,12 +132,14 @@ def _call(layer: Layer, direction: str, given: Inputs) -> Call:
     return {TRAIN: lambda: backward(forward()), FORWARD: forward, EVAL: infer}[direction]
 
 
-def _facts(case: Case, given: Inputs, state: State, names: list[str]) -> dict[tuple[str, str], Row]:
+def _facts(case: Case, given: Inputs, state: State, names: list[str], channels: Tensor) -> dict[tuple[str, str], Row]:
     """Bytes kept for the backward and errors, which do not depend on time, by name and pass."""
     facts: dict[tuple[str, str], Row] = {}
     truths: dict[tuple[bool, int | None], Truth] = {}
-    y_inference = inference_truth(case, given, state) if EVAL in case.passes else None
+    y_inference = inference_truth(case, given, state, channels) if EVAL in case.passes else None
     for name in names:
+        if name.endswith(" again"):
+            continue
         # The one that is timed has already moved its averages.
         layer = build(name, state, given.x.ndim, given.x.dtype, case.fused)
         with torch.no_grad():
@@ -145,13 +147,16 @@ def _facts(case: Case, given: Inputs, state: State, names: list[str]) -> dict[tu
         saved, out = saved_bytes(lambda: layer.train(given.x, given.residual))  # noqa: B023
         key = (layer.renorm, layer.microbatch)
         if key not in truths:
-            truths[key] = truth(case, given, state, *key)
+            truths[key] = truth(case, given, state, *key, channels)
         expected = truths[key]
         (dx,) = torch.autograd.grad(out, [given.x], expected.dy.to(out.dtype))
-        wrong = {"error_y": error(out, expected.y), "error_dx": error(dx, expected.gradients[0])}
+        wrong = {
+            "error_y": error(out[:, channels], expected.y),
+            "error_dx": error(dx[:, channels], expected.gradients[0]),
+        }
         facts[name, TRAIN] = {"saved": saved / case.nbytes, **wrong}
         if y is not None and y_inference is not None:
-            facts[name, EVAL] = {"error_y": error(y, y_inference)}
+            facts[name, EVAL] = {"error_y": error(y[:, channels], y_inference)}
         if not name.startswith("brn"):
             continue
         for direction in (TRAIN, EVAL):

@@ -196,6 +196,24 @@ def test_the_gate_looks_at_fused_forms(monkeypatch: pytest.MonkeyPatch) -> None:
         exactness.gate(["brn"])
 
 
+def test_of_large_x_some_channels_are_enough_and_those_are_right() -> None:
+    large = Case("large", (64, 64, 56, 56))
+    channels = exactness.some_channels(large, "cpu").tolist()
+    assert channels[0] == 0
+    assert channels[-1] == 63
+    assert 5 < len(channels) < 12
+    assert len(exactness.some_channels(SMALL, "cpu")) == 6
+    given = exactness.inputs(FUSED, "cpu")
+    state = implementations.State.random(6, "cpu")
+    whole = exactness.truth(FUSED, given, state, renorm=True)
+    some = exactness.truth(FUSED, given, state, True, None, torch.tensor([0, 5]))
+    assert torch.equal(some.y, whole.y[:, [0, 5]])
+    assert torch.equal(some.gradients[0], whole.gradients[0][:, [0, 5]])
+    assert some.dy.is_contiguous(memory_format=torch.channels_last)
+    inference = exactness.inference_truth(FUSED, given, state)
+    assert torch.equal(exactness.inference_truth(FUSED, given, state, torch.tensor([0, 5])), inference[:, [0, 5]])
+
+
 def test_no_gradient_where_rounding_decides_the_relu() -> None:
     given = exactness.inputs(FUSED, "cpu")
     state = implementations.State.random(6, "cpu")
