@@ -124,10 +124,9 @@ class BatchNormAct(nn.Module):
         norm: the batch norm.
 
     Example:
-        >>> to_batchnorm(BatchRenorm2d(8, activation="relu"))
-        BatchNormAct(
-          (norm): BatchNorm2d(8, eps=1e-05, momentum=0.01, affine=True, track_running_stats=True)
-        )
+        >>> layer = to_batchnorm(BatchRenorm2d(8, activation="relu"))
+        >>> type(layer).__name__, type(layer.norm).__name__
+        ('BatchNormAct', 'BatchNorm2d')
     """
 
     def __init__(self, norm: nn.Module) -> None:

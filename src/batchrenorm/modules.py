@@ -39,6 +39,7 @@ class BatchRenorm(nn.Module):
         microbatch_size: normalise consecutive groups of this many samples separately, each with its own r and d.
         process_group: statistics over all replicas; not available yet.
         activation: "relu" for ``max(0, y)`` in the same pass over memory, or None.
+        bias: with affine, learn the bias too.
 
     Raises:
         ValueError, TypeError: an argument out of its range, or an input of the wrong shape or dtype; an error leaves
@@ -79,6 +80,7 @@ class BatchRenorm(nn.Module):
         microbatch_size: int | None = None,
         process_group: object | None = None,
         activation: str | None = None,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(num_features, int) or isinstance(num_features, bool) or num_features < 0:
@@ -102,7 +104,8 @@ class BatchRenorm(nn.Module):
         self._layer = name_of_history()
         floating = {"device": device, "dtype": dtype}
         self.weight = Parameter(torch.ones(num_features, **floating)) if affine else None  # type: ignore[arg-type]
-        self.bias = Parameter(torch.zeros(num_features, **floating)) if affine else None  # type: ignore[arg-type]
+        biased = affine and bias
+        self.bias = Parameter(torch.zeros(num_features, **floating)) if biased else None  # type: ignore[arg-type]
         tracked = track_running_stats
         zeros = torch.zeros(num_features, **floating) if tracked else None  # type: ignore[arg-type]
         self.register_buffer("running_mean", zeros)
@@ -183,6 +186,8 @@ class BatchRenorm(nn.Module):
     def extra_repr(self) -> str:
         text = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
         text += f"track_running_stats={self.track_running_stats}, clip={self.clip}"
+        if self.affine and self.bias is None:
+            text += ", bias=False"
         for name in ("microbatch_size", "activation"):
             value = getattr(self, name)
             text += "" if value is None else f", {name}={value}"
@@ -227,6 +232,8 @@ class _Lazy(LazyModuleMixin, BatchRenorm):
         track_running_stats: bool = True,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(0, eps, momentum, False, False, device, dtype, **options)
@@ -235,7 +242,7 @@ class _Lazy(LazyModuleMixin, BatchRenorm):
         floating = {"device": device, "dtype": dtype}
         if affine:
             self.weight = UninitializedParameter(**floating)  # type: ignore
-            self.bias = UninitializedParameter(**floating)  # type: ignore
+            self.bias = UninitializedParameter(**floating) if bias else None  # type: ignore
         if track_running_stats:
             self.running_mean = UninitializedBuffer(**floating)  # type: ignore[arg-type]
             self.running_var = UninitializedBuffer(**floating)  # type: ignore[arg-type]
