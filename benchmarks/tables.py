@@ -112,12 +112,13 @@ def _caption(rows: Sequence[Row]) -> str:
         if any("event_ms" in row for row in rows)
         else ""
     )
+    kept = " Freed memory stays with the process." if row.get("freed_memory_kept") else ""
     return (
         f"{row['device']}, {row['threads']} threads, {row['date'][:10]}, commit {row['commit'][:12]}{dirty}; "
         f"{versions}. Times relative to the first column's, median (and quartiles) of interleaved rounds; the next "
         f"column is the same code again: the noise.{gpu} Share: bytes per second, for 3 passes over x forward, 5 "
         "backward, 2 in inference (and 1 more each with a residual), of a copy's. Launches on a CPU are operators of "
-        "ATen and calls of this package's C; what Inductor generates does not show there."
+        f"ATen and calls of this package's C; what Inductor generates does not show there.{kept}"
     )
 
 
