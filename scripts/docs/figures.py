@@ -45,30 +45,31 @@ def projection() -> Projection:
 def _projection() -> str:
     p = projection()
     with _style():
-        canvas = Figure(figsize=(4.8, 4.2))
-        axes = canvas.add_axes((0.0, 0.0, 1.0, 1.0), projection="3d", computed_zorder=False)
+        canvas = Figure(figsize=(4.8, 3.4))
+        axes = canvas.add_axes((0.0, -0.25, 1.0, 1.4), projection="3d", computed_zorder=False)
         axes.set_axis_off()
         axes.set_proj_type("ortho")
-        axes.view_init(elev=24, azim=-52)
         one, along = np.ones(3) / np.sqrt(3), p.x / np.linalg.norm(p.x)
-        corners = np.array([1.05 * (a * one + b * along) for a, b in ((1, 1), (1, -1), (-1, -1), (-1, 1))])
-        axes.plot_trisurf(*corners.T, triangles=[[0, 1, 2], [0, 2, 3]], color=BLUE, alpha=0.13, linewidth=0)
         normal = np.cross(one, along)
-        axes.plot(*np.stack([-0.9 * normal, 0.9 * normal], 1), color=TEXT, linewidth=0.8, linestyle=":")
+        normal *= np.sign(normal @ p.dx)
+        # From the side and a little above the plane, so that what leaves it is seen leaving.
+        _look(axes, eye=0.42 * normal + 0.9 * (0.8 * one - 0.6 * along), up=normal)
+        corners = np.array([0.8 * (a * one + b * along) for a, b in ((1, 1), (1, -1), (-1, -1), (-1, 1))])
+        axes.plot_trisurf(*corners.T, triangles=[[0, 1, 2], [0, 2, 3]], color=BLUE, alpha=0.13, linewidth=0)
+        axes.plot(*np.stack([-0.4 * normal, 1.1 * normal], 1), color=TEXT, linewidth=0.8, linestyle=":")
         arrows = (
-            (one, BLUE, "1 = (1, 1, 1)", (0.0, 0.0, 0.06)),
-            (along, BLUE, "x", (0.02, 0.0, 0.05)),
-            (p.dy, GREEN, "γ dy", (0.03, 0.0, 0.03)),
-            (p.scaled, ORANGE, "γ dy r / σ_B", (0.05, 0.0, -0.1)),
-            (p.dx, PURPLE, "dx", (-0.16, 0.0, 0.0)),
+            (0.8 * one, BLUE, "(1, 1, 1)", "left"),
+            (0.8 * along, BLUE, "x", "left"),
+            (p.dy, GREEN, "γ dy", "left"),
+            (p.scaled, ORANGE, "γ dy r / σ$_B$", "left"),
+            (p.dx, PURPLE, "dx ", "right"),
         )
-        for v, color, label, beside in arrows:
+        for v, color, label, side in arrows:
             axes.quiver(0, 0, 0, *v, color=color, linewidth=2.0, arrow_length_ratio=0.09)
-            axes.text(*(v + beside), label.replace("σ_B", "σ$_B$"), color=color)
+            axes.text(*(1.04 * v), label, color=color, ha=side)
         axes.plot(*np.stack([p.scaled, p.dx], 1), color=TEXT, linewidth=1.0, linestyle="--")
-        axes.set_xlim(-0.75, 0.75)
-        axes.set_ylim(-0.75, 0.75)
-        axes.set_zlim(-0.75, 0.75)
+        for limit in (axes.set_xlim, axes.set_ylim, axes.set_zlim):
+            limit(-0.62, 0.62)
         svg = inline(canvas, "Scale, then project: the gradient of three samples lies on a line")
     return _figure(
         svg,
@@ -76,6 +77,17 @@ def _projection() -> str:
         "would shift or stretch the minibatch. γ dy is first scaled (orange), then loses its shadow on the plane; what "
         "is left, dx, lies on the dotted normal.",
     )
+
+
+def _look(axes: object, eye: Array, up: Array) -> None:
+    """Turn the axes so that `eye` points at the reader, and `up` upwards."""
+    eye = eye / np.linalg.norm(eye)
+    elev, azim = np.arcsin(eye[2]), np.arctan2(eye[1], eye[0])
+    # What is upwards and to the right without a roll; then the roll that takes `up` upwards.
+    upwards = np.array([-np.sin(elev) * np.cos(azim), -np.sin(elev) * np.sin(azim), np.cos(elev)])
+    right = np.array([-np.sin(azim), np.cos(azim), 0.0])
+    roll = np.arctan2(up @ right, up @ upwards)
+    axes.view_init(*np.rad2deg((elev, azim, roll)))  # type: ignore[attr-defined]
 
 
 def _identity() -> str:
