@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     if options.norm == "brn":
         alpha = max(0.01, 20 / options.steps)
         brn.convert_batchnorm(model, clip=brn.ClipSchedule.for_training(options.steps), momentum=alpha)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     size = options.crop
     for _ in range(options.steps):
         which, top, left = (int(torch.randint(end, ())) for end in (2, x.shape[2] - size, x.shape[3] - size))
