@@ -27,6 +27,7 @@ from .modules import (
     LazyBatchRenorm2d,
     LazyBatchRenorm3d,
 )
+from .replicas import WORLD, group_called
 from .schedule import ClipSchedule
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def convert_batchnorm(
 ) -> Model:
     """Turn every batch-norm layer of a model into Batch Renormalization, in place.
 
-    Converted are `BatchNorm1d/2d/3d`, `SyncBatchNorm` (to `BatchRenorm`, with statistics of its own replica) and the
+    Converted are `BatchNorm1d/2d/3d`, `SyncBatchNorm` (to `BatchRenorm`, with its process group) and the
     lazy ones, at any depth, shared or not. Layers keep their identity, so do their parameters (an optimiser goes on
     with its state) and hooks; training flag, device, dtype, requires_grad, eps, averages and step count stay. Inference
     is unchanged. Subclasses stay as they are, since they may do more than batch norm; each is named in the log.
@@ -69,7 +70,8 @@ def convert_batchnorm(
         momentum: weight of the new value in the averages; the paper's 0.01 rather than the layer's own, which was
             chosen for averages that training does not use. None for the cumulative mean.
         microbatch_size: see `BatchRenorm`.
-        process_group: see `BatchRenorm`.
+        process_group: see `BatchRenorm`. None leaves a `SyncBatchNorm` the group that it has, which is "world" where it
+            has none.
         fuse_relu: where a `nn.Sequential` has a `nn.ReLU` right after the layer, let the layer do it in its own pass
             over memory. The ReLU stays in its place as a `FusedReLU`, which passes on what it gets.
         where: ``where(name, layer) -> bool`` picks the layers; None picks all.
@@ -96,11 +98,12 @@ def convert_batchnorm(
             if isinstance(layer, _NormBase) and not isinstance(layer, nn.modules.instancenorm._InstanceNorm):
                 log.info("%s stays %s: it may do more than batch norm", name or "the model", type(layer).__name__)
             continue
+        own_group = (layer.process_group or WORLD) if isinstance(layer, nn.SyncBatchNorm) else None
         layer.__class__ = renorm
         layer.momentum = momentum
         layer.clip = clip
         layer.microbatch_size = microbatch_size
-        layer.process_group = process_group
+        layer.process_group = own_group if process_group is None else process_group
         layer.activation = None
         layer._layer = name_of_history()
     if fuse_relu:
@@ -196,4 +199,6 @@ def to_batchnorm(model: Model) -> Model:
             delattr(module, attribute)
         if norm is not nn.SyncBatchNorm:
             delattr(module, "process_group")
+        elif isinstance(module.process_group, str):
+            module.process_group = None if module.process_group == WORLD else group_called(module.process_group)
     return activated.get(model, model)  # type: ignore[return-value]

@@ -12,6 +12,7 @@ from torch.nn.parameter import Parameter, UninitializedBuffer, UninitializedPara
 
 from .correction import is_plain_eager, name_of_history
 from .functional import check_settings, renormalize
+from .replicas import name_of
 from .schedule import ClipSchedule, as_real
 
 Clip = Callable[[Tensor], tuple[Tensor, Tensor]] | ClipSchedule
@@ -37,7 +38,8 @@ class BatchRenorm(nn.Module):
         dtype: of parameters and averages.
         clip: limits of r and d as a function of the training step, which is `num_batches_tracked`.
         microbatch_size: normalise consecutive groups of this many samples separately, each with its own r and d.
-        process_group: statistics over all replicas; not available yet.
+        process_group: normalise by the statistics of all replicas together: a `torch.distributed.ProcessGroup`, its
+            name, or "world"; see `batch_renorm`. A copied or unpickled layer holds the name.
         activation: "relu" for ``max(0, y)`` in the same pass over memory, or None.
         bias: with affine, learn the bias too.
 
@@ -188,10 +190,17 @@ class BatchRenorm(nn.Module):
         text += f"track_running_stats={self.track_running_stats}, clip={self.clip}"
         if self.affine and self.bias is None:
             text += ", bias=False"
-        for name in ("microbatch_size", "activation"):
-            value = getattr(self, name)
+        for name, value in {
+            "microbatch_size": self.microbatch_size,
+            "process_group": name_of(self.process_group),
+            "activation": self.activation,
+        }.items():
             text += "" if value is None else f", {name}={value}"
         return text
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A process group is the process's, and cannot be copied or pickled.
+        return {**super().__getstate__(), "process_group": name_of(self.process_group)}  # type: ignore[misc]
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
