@@ -53,7 +53,7 @@ def batch_of(case: Case, samples: int) -> Batch:
 
     C = case.shape[0]
     # The replicas' own means and deviations differ, far more than those of minibatches would.
-    x = normal(samples, *case.shape) * 2 + 3 + torch.linspace(-2, 2, samples)[:, *[None] * len(case.shape)]
+    x = normal(samples, *case.shape) * 2 + 3 + torch.linspace(-2, 2, samples).view(-1, *[1] * len(case.shape))
     parts = x, normal(*x.shape), normal(*x.shape)
     mask = torch.rand(samples, *case.shape[1:], generator=generator) < 0.7
     vectors = [normal(C) * 0.3 + 2, normal(C).abs() + 0.5, normal(C).abs() + 0.5, normal(C)]
@@ -137,8 +137,7 @@ def check(case: Case, shards: tuple[int, ...], replicas: list[dict[str, Any]]) -
     sizes["dx"] = np.maximum(sizes["dx"], np.abs(np.moveaxis(dx, 1, 0)).reshape(len(gamma), -1).max(1))
     got = {name: np.concatenate([r[name] for r in replicas]) for name in ("y", "dx")}
     got |= {name: sum(r[name] for r in replicas) for name in ("dgamma", "dbeta")}
-    # Half: y is rounded to it once; dx, where autograd adds it up from the part through the moments and the other, three
-    # times. 2^-8 and 2^-11 are its unit roundoffs; statistics are float32's.
+    # Half: y is rounded to it once; dx, where autograd adds it up from two parts, three times. 2^-8 and 2^-11 are its unit roundoffs; statistics are float32's.
     half = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(case.dtype)
     tolerance = 1e-12 if case.dtype == torch.float64 else 1e-5
     for name, value in wanted.items():
@@ -153,15 +152,16 @@ def check(case: Case, shards: tuple[int, ...], replicas: list[dict[str, Any]]) -
             assert torch.equal(mine, first), "averages differ between replicas"
 
 
+EXACT, HALF, BOTH = (torch.float64, torch.float32), (torch.bfloat16, torch.float16), (False, True)
+SHAPES = [(3,), (3, 7), (3, 4, 5), (2, 3, 2, 5)]
 CASES = [
-    *(Case(b, shape, dtype) for b in BACKENDS for shape in [(3,), (3, 7), (3, 4, 5), (2, 3, 2, 5)] for dtype in (
-        torch.float64, torch.float32)),
-    *(Case(b, dtype=dtype, channels_last=last) for b in BACKENDS for dtype in (torch.bfloat16, torch.float16) for last in (False, True)),
+    *(Case(b, shape, dtype) for b in BACKENDS for shape in SHAPES for dtype in EXACT),
+    *(Case(b, dtype=dtype, channels_last=last) for b in BACKENDS for dtype in HALF for last in BOTH),
     *(Case(b, channels_last=True, dtype=torch.float32) for b in BACKENDS),
-    *(Case(b, microbatch=m, dtype=dtype) for b in BACKENDS for m in (2, 100) for dtype in (torch.float64, torch.float32)),
+    *(Case(b, microbatch=m, dtype=dtype) for b in BACKENDS for m in (2, 100) for dtype in EXACT),
     *(Case(None, shape, masked=True, microbatch=m) for shape in [(3, 9), (3, 4, 5)] for m in (None, 2)),
-    *(Case(b, relu=True, residual=r, channels_last=last) for b in BACKENDS for r in (False, True) for last in (False, True)),
-]  # fmt: skip
+    *(Case(b, relu=True, residual=r, channels_last=last) for b in BACKENDS for r in BOTH for last in BOTH),
+]
 
 
 @pytest.mark.parametrize("shards", SHARDS, ids=str)

@@ -200,5 +200,6 @@ def to_batchnorm(model: Model) -> Model:
         if norm is not nn.SyncBatchNorm:
             delattr(module, "process_group")
         elif isinstance(module.process_group, str):
-            module.process_group = None if module.process_group == WORLD else group_called(module.process_group)
+            group = None if module.process_group == WORLD else group_called(module.process_group)
+            module.process_group = group  # type: ignore[assignment]
     return activated.get(model, model)  # type: ignore[return-value]

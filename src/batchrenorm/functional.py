@@ -137,9 +137,9 @@ def renormalize(
     layer: Tensor | None = None,
 ) -> Tensor:
     """`batch_renorm` with the layer's counter of training forwards, and the tensor that names its history."""
+    check_settings(alpha, eps, r_max, d_max, microbatch_size, process_group, backend, activation)
     replicas = replicas_of(process_group) if training and process_group is not None else None
     _check_tensors(x, running_mean, running_var, weight, bias, may_be_empty=replicas is not None)
-    check_settings(alpha, eps, r_max, d_max, microbatch_size, process_group, backend, activation)
     if mask is not None:
         _check_mask(mask, x)
     if residual is not None:
@@ -151,8 +151,8 @@ def renormalize(
     N = x.shape[0]
     size = min(microbatch_size, N) if training and microbatch_size is not None else N
     # What all replicas have together is not known here.
-    together = replicas is not None and microbatch_size is None
-    if not together:
+    together = replicas if microbatch_size is None else None
+    if together is None:
         _check_values_per_channel(x, size)
     if running_mean is None and mask is None and size == N and backend is None and replicas is None:
         return _finished(F.batch_norm(x, None, None, weight, bias, True, 0.0, eps), residual, activation)
@@ -166,22 +166,22 @@ def renormalize(
     share = None
     if mask is not None:
         x = torch.where(mask.unsqueeze(1) | x.isfinite(), x, 0)
-        share = None if together else _share_of_microbatches(mask, size)
+        share = None if together is not None else _share_of_microbatches(mask, size)
 
     if N == 0:
         passes = decomposed
     moments = mean, _, std = passes.moments(x, eps, size, mask)
     shared: tuple[Shared, ...] = ()
-    if together:
-        moments, total = _merged(moments, x, mask, eps, replicas, plain)
+    if together is not None:
+        moments, total = _merged(moments, x, mask, eps, together, plain)
         mean, _, std = moments
-        shared = (Shared(replicas, total),)
+        shared = (Shared(together, total),)
         share = None if mask is None else _share_of_all(total)
     if running_mean is None or running_var is None:
         r, d = torch.ones_like(mean), torch.zeros_like(mean)
         return passes.affine(x, moments, eps, r, d, weight, bias, size, residual, activation, *shared)
     mu_B, sigma_B = (v.detach() if v.requires_grad else v for v in (mean, std))
-    if replicas is not None and not together:
+    if replicas is not None and together is None:
         mu_B, sigma_B, share = mean_of_groups(mu_B, sigma_B, share, N, replicas)
     r, d, move = correct(
         mu_B,
@@ -260,9 +260,15 @@ def _merged(
 ) -> tuple[Moments, Tensor]:
     mean, var, _ = moments
     count = math.prod((x.shape[0], *x.shape[2:])) if mask is None else mask.sum()
-    mean, var, total = merge(mean, var, count, replicas)
+    differentiated = torch.is_grad_enabled() and x.requires_grad
+    mean, var, total, agreed = merge(mean, var, count, differentiated, replicas)
+    # On every replica alike, since all of them see the same. On a GPU looking would wait for the device.
+    if plain and total.is_cpu and not agreed.item():
+        raise RuntimeError(
+            "expected x to require a gradient on all replicas of the process group or on none, got both; the backward "
+            "is a collective, so freeze the same parts and leave out gradients in the same forwards everywhere"
+        )
     if mask is None and plain and total.is_cpu and total.item() < 2:
-        # On every replica: all of them see the same total. On a GPU looking would wait for the device.
         raise ValueError(
             f"expected more than one value per channel in training, got {int(total.item())} on {replicas.size} "
             "replicas together; use more samples, drop the last ones, or call eval() for single samples"

@@ -76,7 +76,7 @@ def gather(vector: Tensor, replicas: Replicas) -> Tensor:
 
 def add_up(vector: Tensor, replicas: Replicas) -> Tensor:
     """The sum over the replicas; differentiable."""
-    return _Sum.apply(vector, replicas)  # type: ignore[no-any-return]
+    return _Sum.apply(vector, replicas)
 
 
 class _Sum(torch.autograd.Function):
@@ -84,39 +84,49 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, vector: Tensor, replicas: Replicas) -> Tensor:
         ctx.replicas = replicas
         c10d = torch.ops._c10d_functional
-        return c10d.wait_tensor(c10d.all_reduce(vector.contiguous(), "sum", replicas.group))  # type: ignore
+        return c10d.wait_tensor(c10d.all_reduce(vector.contiguous(), "sum", replicas.group))  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return add_up(grad, ctx.replicas), None
 
 
-def merge(mean: Tensor, var: Tensor, count: Tensor | float, replicas: Replicas) -> tuple[Tensor, Tensor, Tensor]:
+def merge(
+    mean: Tensor, var: Tensor, count: Tensor | float, differentiated: bool, replicas: Replicas
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Moments of all the replicas' values (Chan, Golub & LeVeque 1983), differentiable in mean and var.
 
     Args:
         mean, var: ``(C,)``, biased, of this replica's values; 0 where it has none.
         count: of its values per channel.
+        differentiated: whether this replica will enter the backward's collective.
         replicas: `replicas_of` a group.
 
     Returns:
-        ``(mean, var, count)`` of all, the last 0-d and float64.
+        ``(mean, var, count, agreed)`` of all; the count 0-d and float64, and 0-d bool whether all or none are
+        differentiated.
     """
     # Filled on the device: copied there it would make the host wait.
-    known = isinstance(count, Tensor)
-    count = count.double() if known else torch.full((), count, dtype=torch.float64, device=mean.device)
-    return _Merge.apply(mean, var, count, replicas)  # type: ignore[no-any-return]
+    if isinstance(count, Tensor):
+        count = count.double()
+    else:
+        count = torch.full((), count, dtype=torch.float64, device=mean.device)
+    return _Merge.apply(mean, var, count, differentiated, replicas)
 
 
 class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, mean: Tensor, var: Tensor, count: Tensor, replicas: Replicas
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, mean: Tensor, var: Tensor, count: Tensor, differentiated: bool, replicas: Replicas
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         C = len(mean)
-        message = torch.cat([count.to(mean.dtype).view(1), mean, var * count])
+        # The sign, of 0 as well, has room for a bit.
+        signed = count if differentiated else -count
+        message = torch.cat([signed.to(mean.dtype).view(1), mean, var * count])
         # float64 costs nothing on vectors, and the order of the sums is the same everywhere.
         counts, means, squares = gather(message, replicas).double().split([1, C, C], 1)
+        agreed = counts.signbit().sum() % replicas.size == 0
+        counts = counts.abs()
         total = counts.sum()
         share = counts / total.clamp(min=1)
         merged = (share * means).sum(0)
@@ -124,14 +134,14 @@ class _Merge(torch.autograd.Function):
         merged = merged.to(mean.dtype)
         ctx.replicas = replicas
         ctx.save_for_backward(mean, merged, (count / total.clamp(min=1)).to(mean.dtype))
-        ctx.mark_non_differentiable(total)
-        return merged, merged_var, total
+        ctx.mark_non_differentiable(total, agreed)
+        return merged, merged_var, total, agreed
 
     @staticmethod
-    def backward(ctx: Any, mean_grad: Tensor, var_grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore
+    def backward(ctx: Any, mean_grad: Tensor, var_grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore
         mean, merged, share = ctx.saved_tensors
         mean_grad, var_grad = add_up(torch.cat([mean_grad, var_grad]), ctx.replicas).chunk(2)
-        return share * (mean_grad + 2 * var_grad * (mean - merged)), share * var_grad, None, None
+        return share * (mean_grad + 2 * var_grad * (mean - merged)), share * var_grad, None, None, None
 
 
 def mean_of_groups(

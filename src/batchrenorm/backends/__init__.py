@@ -29,14 +29,16 @@ class Shared(NamedTuple):
     """Who shares the moments."""
 
     replicas: Replicas
-    count: Tensor  # 0-d float64, all their values per channel
+    total: Tensor  # 0-d float64, all their values per channel
 
     def coefficients(self, sum_dy: Tensor, sum_dy_x_hat: Tensor, a: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        """b and c of the gradient ``a * dy + (x - mean) * b + c`` from this replica's sums, ``a = weight * scale / std``.
+        """b and c of the gradient ``a * dy + (x - mean) * b + c`` from this replica's sums.
 
-        By way of d loss / d mean and d loss / d var, as `replicas.merge` has it: another replica may run another
+        ``a = weight * scale / std``. By way of d loss / d mean and d loss / d var, as `replicas.merge` has it: another replica may run another
         backend.
         """
         mean_grad, var_grad = -a * sum_dy, -a * sum_dy_x_hat / (2 * std)
-        mean_grad, var_grad = (add_up(torch.cat([mean_grad, var_grad]), self.replicas) / self.count).to(a.dtype).chunk(2)
+        mean_grad, var_grad = (
+            (add_up(torch.cat([mean_grad, var_grad]), self.replicas) / self.total).to(a.dtype).chunk(2)
+        )
         return 2 * var_grad, mean_grad

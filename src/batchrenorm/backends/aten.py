@@ -147,7 +147,14 @@ class _Affine(torch.autograd.Function):
 
 
 def _shared_gradient(
-    grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, w: Tensor, sum_dy: Tensor, sum_dy_x_hat: Tensor, shared: Shared
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    w: Tensor,
+    sum_dy: Tensor,
+    sum_dy_x_hat: Tensor,
+    shared: Shared,
 ) -> Tensor:
     a = w.to(mean.dtype) * invstd
     b, c = shared.coefficients(sum_dy, sum_dy_x_hat, a, invstd.reciprocal())

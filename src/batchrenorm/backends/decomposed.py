@@ -78,7 +78,7 @@ def gradients(
     """
     found = moments(x, eps, size)
     if shared is not None:
-        mean, var, _ = merge(*found[:2], x.numel() // x.shape[1], shared.replicas)
+        mean, var, *_ = merge(*found[:2], x.numel() // x.shape[1], True, shared.replicas)
         found = mean, var, (var + eps).sqrt()
     y = affine(x, found, eps, scale, shift, weight, bias, size)
     if relu:

@@ -125,7 +125,9 @@ class _Affine(torch.autograd.Function):
         w, b = _vector(weight, statistics), _vector(bias, statistics)
         through = gr if relu else None
         if shared is None:
-            _run("brn_backward", x, statistics, eps, size, grad, gx, w, b, gw, gb, y=y, residual_grad=through, relu=relu)
+            _run(
+                "brn_backward", x, statistics, eps, size, grad, gx, w, b, gw, gb, y=y, residual_grad=through, relu=relu
+            )
         else:
             if relu:
                 through = torch.empty_like(x) if through is None else through
