@@ -132,6 +132,9 @@ def _serve(pipe: Connection, rank: int, path: list[str]) -> None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
+                # torch's own, while it compiles, the first where it meets an autograd.Function.
+                warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
+                warnings.filterwarnings("ignore", ".*script_method` is deprecated", DeprecationWarning)
                 outcome = "returned", case(*args)
         except Exception:
             outcome = "raised", traceback.format_exc()

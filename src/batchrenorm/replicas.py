@@ -52,7 +52,7 @@ def group_called(name: str) -> dist.ProcessGroup:
     if name == WORLD and dist.is_initialized():
         return dist.group.WORLD  # type: ignore[return-value]
     try:
-        return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+        return dist.distributed_c10d._resolve_process_group(name)  # type: ignore
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(
             f"expected a process group of the name {name!r} in this process, found none; call "
@@ -71,7 +71,7 @@ def gather(vector: Tensor, replicas: Replicas) -> Tensor:
     """``(W, n)``: the vector of every replica."""
     c10d = torch.ops._c10d_functional
     rows = c10d.all_gather_into_tensor(vector.contiguous(), replicas.size, replicas.group)
-    return c10d.wait_tensor(rows).view(replicas.size, -1)  # type: ignore[no-any-return]
+    return c10d.wait_tensor(rows).view(replicas.size, -1)
 
 
 def add_up(vector: Tensor, replicas: Replicas) -> Tensor:
@@ -84,7 +84,7 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, vector: Tensor, replicas: Replicas) -> Tensor:
         ctx.replicas = replicas
         c10d = torch.ops._c10d_functional
-        return c10d.wait_tensor(c10d.all_reduce(vector.contiguous(), "sum", replicas.group))  # type: ignore[no-any-return]
+        return c10d.wait_tensor(c10d.all_reduce(vector.contiguous(), "sum", replicas.group))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

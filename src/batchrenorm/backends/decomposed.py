@@ -14,7 +14,7 @@ def moments(x: Tensor, eps: float, size: int, mask: Tensor | None = None) -> Mom
     if mask is not None:
         mask = mask.unsqueeze(1).expand_as(x)
     if x.numel() == 0:  # no values; but a node in autograd's graph, since other replicas may wait in its backward
-        mean = var = x.sum([0, *range(2, x.ndim)])
+        mean, var = (x.sum([0, *range(2, x.ndim)]) for _ in range(2))
     elif size >= x.shape[0]:
         mean, var = _mean_var(x, mask, [0, *range(2, x.ndim)])
     elif x.shape[0] % size == 0:
