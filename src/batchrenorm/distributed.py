@@ -139,8 +139,8 @@ class keep_in_sync:
     or `state_dict()`. Shards count by their samples: by the first dimension of the first tensor among the model's
     arguments. In DDP's `no_sync` the replicas stay apart as they were asked to, until the forward outside of it.
 
-    DDP's own broadcast of buffers finds them equal; `DistributedDataParallel(..., broadcast_buffers=False)` saves its
-    time.
+    DDP's own broadcast of buffers before each forward finds them equal, whichever of the two comes first; without it
+    (`forward_sync_buffers=False`, in older torch `broadcast_buffers=False`) its time is saved.
 
     Args:
         model: the outermost module, of which the loop calls the forward: after DDP, `fully_shard` or `torch.compile`.
