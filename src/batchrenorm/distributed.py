@@ -14,6 +14,7 @@ from __future__ import annotations
 import zlib
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .modules import BatchRenorm
-from .replicas import WORLD, check_group, group_called, replicas_of
+from .replicas import WORLD, Replicas, check_group, gather, group_called, replicas_of
 
 
 def sync_running_stats(
@@ -75,19 +76,14 @@ class SyncHandle:
         replicas = replicas_of(group)
         if replicas is None or not self.layers:
             return
-        self.replicas = replicas
-        # By the sum of these numbers and of their squares each replica sees whether all have the same layers.
-        shape = [(name, m.num_features, m.eps) for name, m in layers.items()]
-        self.print = float(zlib.crc32(repr(shape).encode()) % 2**20)
+        _agree(layers, replicas)
         known = group_called(group) if isinstance(group, str) else group
         for device in dict.fromkeys(_mean_of(m).device for m in self.layers):
             here = [m for m in self.layers if _mean_of(m).device == device]
             # float64, so that what is equal already stays as it is, to the last bit, and steps are exact.
-            w = torch.as_tensor(weight, dtype=torch.float64)
-            w = w.to(device, non_blocking=True)
-            header = torch.tensor([self.print, self.print**2], dtype=torch.float64).to(device, non_blocking=True)
+            w = torch.as_tensor(weight, dtype=torch.float64).to(device, non_blocking=True)
             parts = [p for m in here for p in (_step_of(m).view(1), _mean_of(m), _sigma_of(m))]
-            flat = torch.cat([header, w.view(1), *(w * p for p in parts)])
+            flat = torch.cat([w.view(1), *(w * p for p in parts)])
             work = dist.all_reduce(flat, group=known, async_op=True)
             self.work.append((work, flat, here))
 
@@ -98,19 +94,10 @@ class SyncHandle:
         for work, _, _ in pending:
             work.wait()
         for _, flat, here in pending:
-            prints, squares, total, *_ = flat[:3]
-            W = self.replicas.size
-            agree = (prints == W * self.print) & (squares == W * self.print**2)
-            if flat.is_cpu and not agree:
-                raise RuntimeError(
-                    "expected the same Batch Renormalization layers on all replicas, got others on another one (names, "
-                    "channels or epsilon differ); build the same model everywhere, and wrap it in the same way"
-                )
+            total = flat[0]
             C = [m.num_features for m in here]
-            numbers = (flat[3:] / total).split([n for c in C for n in (1, c, c)])
+            numbers = (flat[1:] / total).split([n for c in C for n in (1, c, c)])
             for m, step, mean, sigma in zip(here, numbers[::3], numbers[1::3], numbers[2::3]):
-                # Elsewhere than on the CPU looking would wait for the device: NaN says what an error cannot in time.
-                mean = mean if flat.is_cpu else torch.where(agree, mean, torch.nan)
                 # Where no replica had a sample, everything stays.
                 for buffer, new in (
                     (m.running_mean, mean),
@@ -118,6 +105,25 @@ class SyncHandle:
                     (m.num_batches_tracked, step.view(()).round()),
                 ):
                     buffer.copy_(torch.where(total > 0, new, buffer))  # type: ignore
+
+
+_AGREED: WeakKeyDictionary[nn.Module, tuple[int, Replicas]] = WeakKeyDictionary()
+
+
+def _agree(layers: dict[str, BatchRenorm], replicas: Replicas) -> None:
+    """Once for these layers: raise on every replica where one has others. Messages of other sizes may end a process."""
+    first = next(iter(layers.values()))
+    shape = [(name, m.num_features, m.eps) for name, m in layers.items()]
+    digest = zlib.crc32(repr(shape).encode())
+    if _AGREED.get(first) == (digest, replicas):
+        return
+    digests = gather(torch.tensor([digest], device=_mean_of(first).device), replicas)
+    if bool((digests != digest).any()):
+        raise RuntimeError(
+            "expected the same Batch Renormalization layers on all replicas, got others on another one (names, "
+            "channels or epsilon differ); build the same model everywhere, and wrap it in the same way"
+        )
+    _AGREED[first] = digest, replicas
 
 
 def _mean_of(layer: BatchRenorm) -> Tensor:
