@@ -62,7 +62,10 @@ def steps(what: str, level: str) -> str:
     torch.manual_seed(0)
     group = dist.group.WORLD if level == "process_group" else None
     model = nn.Sequential(
-        nn.Linear(3, 4), brn.BatchRenorm1d(4, process_group=group), Fault(what), brn.BatchRenorm1d(4, process_group=group)
+        nn.Linear(3, 4),
+        brn.BatchRenorm1d(4, process_group=group),
+        Fault(what),
+        brn.BatchRenorm1d(4, process_group=group),
     )
     sync = brn.keep_in_sync(model) if level == "keep_in_sync" else None
     began = time.monotonic()
@@ -118,7 +121,13 @@ def other_layers(what: str, level: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("what", "level"), [("order", "sync_running_stats"), ("more", "sync_running_stats"), ("sizes", "sync_running_stats"), ("sizes", "ddp")]
+    ("what", "level"),
+    [
+        ("order", "sync_running_stats"),
+        ("more", "sync_running_stats"),
+        ("sizes", "sync_running_stats"),
+        ("sizes", "ddp"),
+    ],
 )
 def test_other_layers_elsewhere(workers: processes.Workers, what: str, level: str) -> None:
     workers.send(other_layers, what, level)
