@@ -1,7 +1,7 @@
 """What goes wrong among replicas: the right result or one clear error on every one, and no wait beyond the time-out.
 
-Each of these needs processes of its own, since they do not survive it. What the training program makes of lost processes
-is in test_paper_faults.py.
+Each of these needs processes of its own, since they do not survive it. What the training program makes of lost
+processes is in test_paper_faults.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.parallel import DistributedDataParallel
 
 import batchrenorm as brn

@@ -137,7 +137,8 @@ def check(case: Case, shards: tuple[int, ...], replicas: list[dict[str, Any]]) -
     sizes["dx"] = np.maximum(sizes["dx"], np.abs(np.moveaxis(dx, 1, 0)).reshape(len(gamma), -1).max(1))
     got = {name: np.concatenate([r[name] for r in replicas]) for name in ("y", "dx")}
     got |= {name: sum(r[name] for r in replicas) for name in ("dgamma", "dbeta")}
-    # Half: y is rounded to it once; dx, where autograd adds it up from two parts, three times. 2^-8 and 2^-11 are its unit roundoffs; statistics are float32's.
+    # Half: y is rounded to it once; dx, where autograd adds it up from two parts, three times. 2^-8 and 2^-11 are
+    # its unit roundoffs; statistics are float32's.
     half = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(case.dtype)
     tolerance = 1e-12 if case.dtype == torch.float64 else 1e-5
     for name, value in wanted.items():

@@ -87,7 +87,7 @@ class _Sum(torch.autograd.Function):
         return c10d.wait_tensor(c10d.all_reduce(vector.contiguous(), "sum", replicas.group))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return add_up(grad, ctx.replicas), None
 
 
@@ -138,7 +138,7 @@ class _Merge(torch.autograd.Function):
         return merged, merged_var, total, agreed
 
     @staticmethod
-    def backward(ctx: Any, mean_grad: Tensor, var_grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore
+    def backward(ctx: Any, mean_grad: Tensor, var_grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         mean, merged, share = ctx.saved_tensors
         mean_grad, var_grad = add_up(torch.cat([mean_grad, var_grad]), ctx.replicas).chunk(2)
         return share * (mean_grad + 2 * var_grad * (mean - merged)), share * var_grad, None, None, None

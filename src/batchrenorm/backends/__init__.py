@@ -32,9 +32,9 @@ class Shared(NamedTuple):
     total: Tensor  # 0-d float64, all their values per channel
 
     def coefficients(self, sum_dy: Tensor, sum_dy_x_hat: Tensor, a: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        """b and c of the gradient ``a * dy + (x - mean) * b + c`` from this replica's sums.
+        """b and c of the gradient ``a * dy + (x - mean) * b + c`` from this replica's sums; a is weight * scale / std.
 
-        ``a = weight * scale / std``. By way of d loss / d mean and d loss / d var, as `replicas.merge` has it: another replica may run another
+        By way of d loss / d mean and d loss / d var, as `replicas.merge` has it: another replica may run another
         backend.
         """
         mean_grad, var_grad = -a * sum_dy, -a * sum_dy_x_hat / (2 * std)
