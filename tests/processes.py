@@ -135,6 +135,7 @@ def _serve(pipe: Connection, rank: int, path: list[str]) -> None:
                 # torch's own, while it compiles, the first where it meets an autograd.Function.
                 warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
                 warnings.filterwarnings("ignore", ".*script_method` is deprecated", DeprecationWarning)
+                warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
                 outcome = "returned", case(*args)
         except Exception:
             outcome = "raised", traceback.format_exc()

@@ -440,3 +440,18 @@ def test_averaging_of_weights_averages_sigma() -> None:
     torch.testing.assert_close(layer.running_std, sigma)
     torch.testing.assert_close(averaged.module[1].weight, weight)
     assert layer.num_batches_tracked == 4
+
+
+def compiled(group: Any) -> list[Tensor]:
+    model = network()
+    run = torch.compile(ddp(model, group), backend="aot_eager")
+    with brn.keep_in_sync(run, group):
+        for x, cotangent in minibatches(4, 8):
+            (run(x[mine((4, 4))]) * cotangent[mine((4, 4))]).sum().backward()
+    return buffers(model)
+
+
+def test_around_a_compiled_model(pool: Pool) -> None:
+    first, second = pool.run(2, compiled)
+    assert all(map(torch.equal, first, second))
+    assert int(first[2]) == 4
