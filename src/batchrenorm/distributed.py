@@ -7,6 +7,9 @@ Renormalization's are used in training. There are three levels:
 - `keep_in_sync`, or `sync_running_stats` where the loop is one's own: each replica normalises its own minibatch, with
   r and d from the shared averages. One all-reduce per step, off the critical path.
 - `process_group=` of the layers: the statistics themselves are those of all replicas. Two collectives per layer.
+
+Take the second, which is the paper's set-up. The third is for shards so small that r and d would be clipped all the
+time; it costs two latencies per layer and step (benchmarks/replicas.py measures both). The first is for tests.
 """
 
 from __future__ import annotations
