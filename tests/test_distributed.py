@@ -435,6 +435,8 @@ def test_averaging_of_weights_averages_sigma() -> None:
             mu, sigma, weight = now
         else:
             mu, sigma, weight = (0.75 * a + 0.25 * b for a, b in zip((mu, sigma, weight), now))
+    with pytest.raises(ValueError, match="average_sigma"):
+        averaged.update_parameters(copy.deepcopy(model))
     layer = averaged.module[2]
     torch.testing.assert_close(layer.running_mean, mu)
     torch.testing.assert_close(layer.running_std, sigma)

@@ -68,7 +68,7 @@ def recalibrate(
             seen += 1
         if group is not None:
             sync_running_stats(model, group, weight=seen)
-        elif seen == 0:
+        if layers and not any(m.num_batches_tracked for m in layers):
             raise ValueError("expected at least one minibatch, got an empty loader; iterators can be used up only once")
         succeeded = True
     finally:
@@ -106,6 +106,9 @@ def average_sigma(
     Returns:
         A function like avg_fn.
 
+    Raises:
+        ValueError: in the average, a tensor that is not the model's.
+
     Example:
         >>> from batchrenorm import BatchRenorm1d
         >>> from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
@@ -113,16 +116,27 @@ def average_sigma(
         >>> averaged = AveragedModel(model, avg_fn=average_sigma(model, get_ema_avg_fn(0.999)), use_buffers=True)
     """
 
+    known: dict[int, tuple[Tensor, BatchRenorm | None]] = {}
+
     def average(averaged: Tensor, current: Tensor, number: Tensor) -> Tensor:
-        # Looked up each time: `.to()` or loading may have moved the buffers.
-        for layer in model.modules():
-            if isinstance(layer, BatchRenorm) and layer.running_var is not None:
-                if current.data_ptr() == layer.running_var.data_ptr():
-                    sigmas = ((v.double() + layer.eps).sqrt() for v in (averaged, current))
-                    sigma = avg_fn(*sigmas, number)  # type: ignore[call-arg]
-                    return F.softshrink(sigma.square(), layer.eps).to(averaged.dtype)
-                if current.data_ptr() == layer.num_batches_tracked.data_ptr():  # type: ignore[union-attr]
-                    return current
-        return avg_fn(averaged, current, number)
+        address = current.data_ptr()
+        # Anew where `.to()` or loading may have moved something.
+        if address not in known or known[address][0].data_ptr() != address:
+            known.clear()
+            known.update((t.data_ptr(), (t, None)) for t in (*model.parameters(), *model.buffers()))
+            for layer in model.modules():
+                if isinstance(layer, BatchRenorm) and layer.running_var is not None:
+                    known.update((b.data_ptr(), (b, layer)) for b in layer.buffers())
+        if address not in known:
+            raise ValueError(
+                "expected a tensor of the model that average_sigma was given, got another one or a copy; give it the "
+                "model that update_parameters gets, and keep the average on the same device"
+            )
+        tensor, norm = known[address]
+        if norm is not None and tensor is norm.running_var:
+            sigmas = ((v.double() + norm.eps).sqrt() for v in (averaged, current))
+            sigma = avg_fn(*sigmas, number)  # type: ignore[call-arg]
+            return F.softshrink(sigma.square(), norm.eps).to(averaged.dtype)
+        return current if norm is not None and tensor is norm.num_batches_tracked else avg_fn(averaged, current, number)
 
     return average

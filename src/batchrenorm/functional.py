@@ -168,8 +168,8 @@ def renormalize(
         x = torch.where(mask.unsqueeze(1) | x.isfinite(), x, 0)
         share = None if together is not None else _share_of_microbatches(mask, size)
 
-    if N == 0:
-        passes = decomposed
+    if x.numel() == 0:
+        passes, N = decomposed, 0
     moments = mean, _, std = passes.moments(x, eps, size, mask)
     shared: tuple[Shared, ...] = ()
     if together is not None:

@@ -200,7 +200,7 @@ class BatchRenorm(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A process group is the process's, and cannot be copied or pickled.
-        return {**super().__getstate__(), "process_group": name_of(self.process_group)}
+        return {**self.__dict__, "process_group": name_of(self.process_group)}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
