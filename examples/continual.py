@@ -3,8 +3,8 @@
     python examples/continual.py --norm brn
     python examples/continual.py --norm bn
 
-scikit-learn's handwritten digits come two labels at a time, and never again but for a small memory. Minibatches are mostly of
-two labels, and their statistics are not those of the test, in which all ten come. As Lomonaco et al. (AR1*,
+scikit-learn's handwritten digits come two labels at a time, and never again but for a small memory. Minibatches are
+mostly of two labels, and their statistics are not those of the test, in which all ten come. As Lomonaco et al. (AR1*,
 https://arxiv.org/abs/1912.01100) the limits are tight.
 """
 

@@ -3,9 +3,9 @@
     python examples/finetune_resnet.py --norm brn --weights resnet18.pth
     python examples/finetune_resnet.py --norm bn --steps 300
 
-Data: scikit-learn's handwritten digits, enlarged to 64 pixels, so that the last maps have 2 x 2 positions: at 32 pixels they
-would have one, and two values per channel leave no gradient. Without --weights, a file as torchvision publishes them, the net
-is random; then BRN needs its warm-up, and frozen batch norm makes no sense.
+Data: scikit-learn's handwritten digits, enlarged to 64 pixels, so that the last maps have 2 x 2 positions: at 32
+pixels they would have one, and two values per channel leave no gradient. Without --weights, a file as torchvision
+publishes them, the net is random; then BRN needs its warm-up, and frozen batch norm makes no sense.
 """
 
 from __future__ import annotations

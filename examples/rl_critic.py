@@ -2,9 +2,10 @@
 
     python examples/rl_critic.py --steps 20000
 
-Bhatt et al. (ICLR 2024, https://arxiv.org/abs/1902.05605): batch norm in a critic fails because the actions of the replay
-buffer and those of the present policy are two distributions. CrossQ sends both through the critic in one batch, so that one
-set of statistics is of both, and then needs no target networks. The environment is gymnasium's Pendulum.
+Bhatt et al. (ICLR 2024, https://arxiv.org/abs/1902.05605): batch norm in a critic fails because the actions of the
+replay buffer and those of the present policy are two distributions. CrossQ sends both through the critic in one
+batch, so that one set of statistics is of both, and then needs no target networks. The environment is gymnasium's
+Pendulum.
 """
 
 from __future__ import annotations

@@ -3,11 +3,12 @@
     python examples/segmentation.py --norm brn
     python examples/segmentation.py --norm bn
 
-A small convolutional net is trained on crops of scikit-learn's two photographs, one at a time. There are no drawn masks for
-them, so the labels come from a rule: a pixel is foreground if it is redder than green, which the net has to find out. Then a
-whole photograph is predicted in tiles, with a margin of the net's receptive field, and compared with the prediction in one
-piece. By averages a pixel does not know of tiles. With the statistics of each tile, the work-around where a batch norm's
-averages are bad, it does: see Buglakova et al. (ICCV 2025, https://arxiv.org/abs/2503.19545).
+A small convolutional net is trained on crops of scikit-learn's two photographs, one at a time. There are no drawn
+masks for them, so the labels come from a rule: a pixel is foreground if it is redder than green, which the net has to
+find out. Then a whole photograph is predicted in tiles, with a margin of the net's receptive field, and compared with
+the prediction in one piece. By averages a pixel does not know of tiles. With the statistics of each tile, the work-
+around where a batch norm's averages are bad, it does: see Buglakova et al. (ICCV 2025,
+https://arxiv.org/abs/2503.19545).
 """
 
 from __future__ import annotations
