@@ -4,8 +4,8 @@
     python examples/metric_learning.py --norm bn
 
 The net embeds scikit-learn's handwritten digits; it is trained on the digits 0 to 4 and asked about 5 to 9, which it
-has never seen: is the nearest neighbour of an image the same digit (recall at 1)? Loss and miner are pytorch-metric-
-learning's.
+has never seen: is the nearest neighbour of an image the same digit (recall at 1)? Loss and miner are
+pytorch-metric-learning's.
 """
 
 from __future__ import annotations
