@@ -4,8 +4,8 @@
     python examples/continual.py --norm bn
 
 scikit-learn's handwritten digits come two labels at a time, and never again but for a small memory. Minibatches are
-mostly of two labels, and their statistics are not those of the test, in which all ten come. The limits are tight, as in AR1* (Lomonaco et al.,
-https://arxiv.org/abs/1912.01100).
+mostly of two labels, and their statistics are not those of the test, in which all ten come. The limits are tight,
+as in AR1* (Lomonaco et al., https://arxiv.org/abs/1912.01100).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python examples/lightning_accumulation.py --accumulate 4
 
-A step of the schedule is a training forward unless somebody says otherwise; the callback says so. Data: scikit-
-learn's digits.
+A step of the schedule is a training forward unless somebody says otherwise; the callback says so. Data: scikit-learn's
+digits.
 """
 
 from __future__ import annotations
