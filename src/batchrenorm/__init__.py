@@ -2,7 +2,9 @@
 
 from . import reference
 from .convert import convert_batchnorm, to_batchnorm
+from .export import fold_batchnorm
 from .functional import batch_renorm
+from .importers import convert_renorm, import_state_dict
 from .modules import (
     BatchRenorm,
     BatchRenorm1d,
@@ -13,6 +15,7 @@ from .modules import (
     LazyBatchRenorm3d,
     set_step,
 )
+from .monitor import RenormMonitor
 from .samplers import LabelGroupBatchSampler
 from .schedule import ClipSchedule
 
@@ -28,8 +31,12 @@ __all__ = [
     "LazyBatchRenorm1d",
     "LazyBatchRenorm2d",
     "LazyBatchRenorm3d",
+    "RenormMonitor",
     "batch_renorm",
     "convert_batchnorm",
+    "convert_renorm",
+    "fold_batchnorm",
+    "import_state_dict",
     "reference",
     "set_step",
     "to_batchnorm",
