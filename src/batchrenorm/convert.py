@@ -176,7 +176,7 @@ class BatchNormAct(nn.Module):
     Example:
         >>> to_batchnorm(BatchRenorm2d(8, activation="relu"))
         BatchNormAct(
-          (norm): BatchNorm2d(8, eps=1e-05, momentum=0.01, affine=True, track_running_stats=True)
+          (norm): BatchNorm2d(8, eps=1e-05, momentum=0.01, affine=True, ...track_running_stats=True)
         )
     """
 

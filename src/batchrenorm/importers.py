@@ -84,9 +84,9 @@ def import_state_dict(
     source's. Entries that belong to no normalising layer are passed on, with "." between the parts of their names.
 
     Args:
-        state: the state dict of a layer or a model. Keras: ``{v.path: v.numpy() for v in model.variables}``. Chainer:
-            what `save_npz` saved. sbx (Flax): ``{"params": ..., "batch_stats": ...}``, nested; kernels of dense layers
-            become torch weights.
+        state: the state dict of a layer or a model. Keras: ``{v.path: convert_to_numpy(v) for v in model.variables}``
+            with `keras.ops.convert_to_numpy`. Chainer: what `save_npz` saved. sbx (Flax): ``{"params": ...,
+            "batch_stats": ...}``, nested; kernels of dense layers become torch weights.
         source: "batchnorm", "ludvb", "torchrl", "sb3", "sbx", "keras" (3, or tf_keras), "chainer" or "avalanche".
         eps: epsilon of the layers that will load it.
         source_eps: epsilon of the source's layers, which its state does not tell; None is the source's default.
@@ -399,5 +399,6 @@ def _foreign(layer: Any, source: str, clip: Clip | None) -> BatchRenorm:
 
 
 def _array(variable: Any) -> Any:
-    value = variable.numpy() if hasattr(variable, "numpy") else variable
-    return value.detach() if isinstance(value, Tensor) else value
+    # Keras 3 has `value`, a tensor of its backend; TensorFlow's variables have a method of that name.
+    value = variable.value if not callable(getattr(variable, "value", None)) else variable
+    return value.numpy() if hasattr(value, "numpy") and not isinstance(value, Tensor) else value

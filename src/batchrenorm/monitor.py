@@ -120,7 +120,7 @@ class RenormMonitor:
         self._untrained: list[tuple[str, Tensor]] = []
         self._logged = -1
         self._handles = [
-            model.register_forward_pre_hook(self._begin),
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, always_call=True),
         ]
 
@@ -145,7 +145,7 @@ class RenormMonitor:
             if isinstance(m, BatchRenorm) and m.running_mean is not None
         }
 
-    def _begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
         if not model.training:
@@ -159,6 +159,8 @@ class RenormMonitor:
                 self._unwatch.append(lambda: stance.__exit__(None, None, None))
             for name, layer in self.layers().items():
                 hook = _Hook(self, name)
+                if layer is model:  # whose hooks are being called already
+                    hook(layer, args, kwargs)
                 self._unwatch.append(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         self.steps += 1
 
