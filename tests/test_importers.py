@@ -35,14 +35,18 @@ def recorded(name: str) -> tuple[dict[str, Any], Tensor, Tensor]:
     return arrays(case["state"]), torch.tensor(case["x"]), torch.tensor(case["y"])
 
 
-def assert_inference(ours: Tensor, theirs: Tensor, x: Tensor, layer: brn.BatchRenorm) -> None:
+def assert_inference(
+    ours: Tensor, theirs: Tensor, x: Tensor, layer: brn.BatchRenorm, sigma: Tensor | None = None
+) -> None:
     """Within rounding of float32: u = 2**-24 for each of x - mu, / sigma, * gamma, + beta, and as many of the source's.
 
-    Both sides take sigma from a stored spread: translated in float64 it is rounded once, here by u (running_var),
-    there by u; x - mu is a difference, whose operands are rounded to x's and mu's size. So 16 u of all terms' absolute values.
+    Both sides take sigma from a stored spread: translated in float64 it is rounded once, here by u (running_var), there
+    by u; x - mu is a difference, whose operands are rounded to x's and mu's size. So 16 u of all terms' absolute
+    values. In training x - mu_B is divided by another sigma: sigma_B / r.
     """
     shape = (1, -1, *[1] * (x.ndim - 2))
-    mu, sigma = layer.running_mean.double().view(shape), layer.running_std.double().view(shape)
+    mu = layer.running_mean.double().view(shape)
+    sigma = (layer.running_std if sigma is None else sigma).double().view(shape)
     gamma = (torch.ones_like(mu) if layer.weight is None else layer.weight.detach().double().view(shape)) / sigma
     beta = torch.zeros_like(mu) if layer.bias is None else layer.bias.detach().double().view(shape)
     terms = gamma.abs() * (x.double().abs() + mu.abs()) + beta.abs()
@@ -198,7 +202,9 @@ def test_keras(renorm: bool, averages: str) -> None:
         assert converted.clip == brn.ClipSchedule.constant(*((3.0, 5.0) if renorm else (np.inf, np.inf)))
     else:
         # The same r and d, from the averages that Keras trains by.
-        assert_inference(new.train()(x), layer(x, training=True).detach(), x, new)
+        sigma_B = (x.var(0, correction=0) + eps).sqrt()
+        r = (sigma_B / new.running_std).clamp(1 / 3, 3)
+        assert_inference(new.train()(x), layer(x, training=True).detach(), x, new, sigma_B / r)
 
 
 @pytest.mark.parametrize("name", ["chainer", "ludvb"])

@@ -329,6 +329,7 @@ class RenormMonitor:
             axes.set_title(title, fontsize=10)
             figure.colorbar(image, ax=axes)
         figure.supxlabel("training forward", fontsize=10)
+        figure.supylabel("layer", fontsize=10)
         if path is not None:
             figure.savefig(path, dpi=120)
         return figure
