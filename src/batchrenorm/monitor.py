@@ -3,7 +3,7 @@
 The path of one reading, on one training forward in `every`:
 
     hook of the model   ->  a hook on each layer, for this forward alone: on the others a layer knows of no monitor
-    x of the layer      ->  decomposed.moments: mu_B, sigma_B               a statistics pass of its own
+    x of the layer      ->  backend.moments: mu_B, sigma_B                  a statistics pass of its own
                         ->  correction.unclipped: r, d                      the layer's own mathematics
                         ->  a vector of numbers (`Reading`), on the layer's device
     end of the forward  ->  all layers' vectors as one (L, K) tensor, kept; no number is looked at
@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .backends import decomposed
-from .correction import unclipped
+from .correction import is_plain_eager, unclipped
+from .functional import _choose
 from .modules import BatchRenorm
 
 
@@ -187,13 +187,15 @@ class RenormMonitor:
         if mu is None or var is None or step is None or not layer.training:
             return
         size = min(layer.microbatch_size or x.shape[0], x.shape[0])
-        mean, batch_var, std = decomposed.moments(x.detach(), layer.eps, size, mask)
+        x = x.detach()
+        # By the passes that the layer itself would take: on the CPU in C they are ten times faster than in plain torch.
+        mean, batch_var, std = _choose(None, is_plain_eager(x), mask, x, mu, var).moments(x, layer.eps, size, mask)
         r, d = (v.float().flatten() for v in unclipped(mean, std, mu, var, layer.eps))
         r_limit, d_limit = (limit.float() for limit in layer.clip(step))
-        ordered = torch.stack([r, d]).sort(1).values
+        both = torch.stack([r, d])
+        ordered = both.sort(1).values
         at = [round(q * (len(r) - 1)) for q in _QUANTILES]
         low, high = torch.stack([1 / r_limit, -d_limit])[:, None], torch.stack([r_limit, d_limit])[:, None]
-        both = torch.stack([r, d])
         outside = torch.stack([both < low, both > high], 1).float().mean(2)
         # Training minus inference output is u (r' - r) + (d' - d), with primes for clipped; u has mean 0.
         excess = (both.clamp(low, high) - both).square()
