@@ -1,7 +1,8 @@
 """What `RenormMonitor` costs a training step: `python -m benchmarks.monitor [--record]`.
 
 Three kinds of step take turns on one net: nobody watches; a monitor waits; a monitor reads. At one reading in 50 a step
-costs the mean of 49 waiting and one reading, each at its median. `--record` appends a row to results/monitor.jsonl.
+costs the mean of 49 waiting and one reading: the overhead is the median over the turns, beside it their quartiles. What a
+reading adds to a waiting step, over 50, is less noisy. `--record` appends a row to results/monitor.jsonl.
 """
 
 from __future__ import annotations
@@ -55,8 +56,15 @@ def measure(width: int, depth: int, batch: int, size: int, rounds: int) -> dict[
             if turn >= 2:
                 times[kind].append(taken)
     medians = {f"{kind}_ms": statistics.median(seen) for kind, seen in times.items()}
-    mean = (medians["waiting_ms"] * (EVERY - 1) + medians["reading_ms"]) / EVERY
-    return medians | {"overhead_percent": 100 * (mean / medians["plain_ms"] - 1)}
+    # Within a turn, so that a machine that slows down slows all three.
+    ratios = [((EVERY - 1) * w + r) / EVERY / p for p, w, r in zip(*times.values())]
+    low, middle, high = (100 * (q - 1) for q in statistics.quantiles(ratios, n=4))
+    reading = statistics.median((r - w) / p for p, w, r in zip(*times.values()))
+    return medians | {
+        "overhead_percent": middle,
+        "overhead_quartiles": [low, high],
+        "readings_share_percent": 100 * reading / EVERY,
+    }
 
 
 def main() -> None:
