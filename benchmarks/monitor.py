@@ -1,8 +1,8 @@
 """What `RenormMonitor` costs a training step: `python -m benchmarks.monitor [--record]`.
 
 Three kinds of step take turns on one net: nobody watches; a monitor waits; a monitor reads. At one reading in 50 a step
-costs the mean of 49 waiting and one reading: the overhead is the median over the turns, beside it their quartiles. What a
-reading adds to a waiting step, over 50, is less noisy. `--record` appends a row to results/monitor.jsonl.
+costs the mean of 49 waiting and one reading: the overhead is the median over the turns, beside it their quartiles. What
+a reading adds to a waiting step, over 50, is less noisy. `--record` appends a row to results/monitor.jsonl.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import time
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ def net(width: int, depth: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
 
 
-def measure(width: int, depth: int, batch: int, size: int, rounds: int) -> dict[str, float]:
+def measure(width: int, depth: int, batch: int, size: int, rounds: int) -> dict[str, Any]:
     model = net(width, depth)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     x, labels = torch.randn(batch, 3, size, size), torch.randint(10, (batch,))
