@@ -4,7 +4,9 @@ from . import reference
 from .calibrate import average_sigma, recalibrate
 from .convert import convert_batchnorm, to_batchnorm
 from .distributed import keep_in_sync, sync_running_stats
+from .export import fold_batchnorm
 from .functional import batch_renorm
+from .importers import convert_renorm, import_state_dict
 from .modules import (
     BatchRenorm,
     BatchRenorm1d,
@@ -15,6 +17,7 @@ from .modules import (
     LazyBatchRenorm3d,
     set_step,
 )
+from .monitor import RenormMonitor
 from .samplers import LabelGroupBatchSampler
 from .schedule import ClipSchedule
 
@@ -30,9 +33,13 @@ __all__ = [
     "LazyBatchRenorm1d",
     "LazyBatchRenorm2d",
     "LazyBatchRenorm3d",
+    "RenormMonitor",
     "average_sigma",
     "batch_renorm",
     "convert_batchnorm",
+    "convert_renorm",
+    "fold_batchnorm",
+    "import_state_dict",
     "keep_in_sync",
     "recalibrate",
     "reference",

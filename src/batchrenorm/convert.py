@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import UninitializedBuffer
 
 from .correction import name_of_history
 from .functional import check_settings
@@ -47,10 +48,45 @@ _RENORM: dict[type[nn.Module], type[BatchRenorm]] = {
 _NORM: dict[type[nn.Module], type[nn.Module]] = {renorm: norm for norm, renorm in _RENORM.items()}
 
 
+class BatchRenormAct2d(BatchRenorm2d):
+    """``act(drop(norm(x)))``: what `convert_batchnorm` makes of timm's `BatchNormAct2d`, with its modules and keys.
+
+    It has no constructor of its own; build timm's and convert it.
+    """
+
+    drop: nn.Module
+    act: nn.Module
+    _was: type[nn.Module]  # what `to_batchnorm` makes of it again; timm is not imported here
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        return self.act(self.drop(super().forward(x, mask, residual)))
+
+
+def _renorm_of(layer: nn.Module) -> type[BatchRenorm] | None:
+    kind = type(layer)
+    if kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm."):
+        return BatchRenormAct2d
+    return _RENORM.get(kind)
+
+
+def _norm_of(layer: nn.Module) -> type[nn.Module] | None:
+    return layer._was if type(layer) is BatchRenormAct2d else _NORM.get(type(layer))
+
+
+def _has_trained_averages(layer: nn.Module) -> bool:
+    """Whether the averages are no longer a new layer's. The counter does not tell: many checkpoints have 0 there."""
+    mean, var = layer.running_mean, layer.running_var
+    if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
+        return False
+    if isinstance(mean, UninitializedBuffer) or mean.is_meta:
+        return False
+    return bool(mean.ne(0).any() | var.ne(1).any())
+
+
 def convert_batchnorm(
     model: Model,
     *,
-    clip: Clip = ClipSchedule(),
+    clip: Clip | None = None,
     momentum: float | None = 0.01,
     microbatch_size: int | None = None,
     process_group: object | None = None,
@@ -62,11 +98,15 @@ def convert_batchnorm(
     Converted are `BatchNorm1d/2d/3d`, `SyncBatchNorm` (to `BatchRenorm`, with its process group) and the
     lazy ones, at any depth, shared or not. Layers keep their identity, so do their parameters (an optimiser goes on
     with its state) and hooks; training flag, device, dtype, requires_grad, eps, averages and step count stay. Inference
-    is unchanged. Subclasses stay as they are, since they may do more than batch norm; each is named in the log.
+    is unchanged. timm's `BatchNormAct2d` becomes a `BatchRenormAct2d`, which does its activation too. Other subclasses
+    stay as they are, since they may do more than batch norm; each is named in the log.
 
     Args:
         model: any module; a single layer too.
-        clip: limits as a function of the step; the step goes on from `num_batches_tracked`.
+        clip: limits as a function of the step; the step goes on from `num_batches_tracked`. None is the paper's
+            `ClipSchedule()` for new layers, and `ClipSchedule.constant()`, without warm-up, for layers whose averages
+            are trained (not all 0 and 1): the log says how many. Warm-up would train these as batch norm for
+            5,000 steps again, since checkpoints often hold 0 for the step.
         momentum: weight of the new value in the averages; the paper's 0.01 rather than the layer's own, which was
             chosen for averages that training does not use. None for the cumulative mean.
         microbatch_size: see `BatchRenorm`.
@@ -88,24 +128,34 @@ def convert_batchnorm(
         'BatchRenorm2d'
     """
     check_settings(0.0 if momentum is None else momentum, 0.0, 1.0, 0.0, microbatch_size, process_group, None, None)
-    if not callable(clip):
+    if clip is not None and not callable(clip):
         raise TypeError(f"expected clip to be a ClipSchedule, got {clip!r}; a constant is ClipSchedule.constant(r, d)")
+    trained = 0
     for name, layer in list(model.named_modules()):
         if where is not None and not where(name, layer):
             continue
-        renorm = _RENORM.get(type(layer))
+        renorm = _renorm_of(layer)
         if renorm is None:
             if isinstance(layer, _NormBase) and not isinstance(layer, nn.modules.instancenorm._InstanceNorm):
                 log.info("%s stays %s: it may do more than batch norm", name or "the model", type(layer).__name__)
             continue
         own_group = (layer.process_group or WORLD) if isinstance(layer, nn.SyncBatchNorm) else None
+        limits = clip
+        if limits is None:
+            skip = _has_trained_averages(layer)
+            trained += skip
+            limits = ClipSchedule.constant() if skip else ClipSchedule()
+        if renorm is BatchRenormAct2d:
+            layer._was = type(layer)
         layer.__class__ = renorm
         layer.momentum = momentum
-        layer.clip = clip
+        layer.clip = limits
         layer.microbatch_size = microbatch_size
         layer.process_group = own_group if process_group is None else process_group
         layer.activation = None
         layer._layer = name_of_history()
+    if trained:
+        log.info("%d layers have trained averages, so their limits are open from the first step: no warm-up", trained)
     if fuse_relu:
         for layer, relu in _pairs(model, nn.ReLU):
             if where is None or any(where(name, m) for name, m in model.named_modules() if m is layer):
@@ -191,9 +241,11 @@ def to_batchnorm(model: Model) -> Model:
             if child in activated:
                 parent._modules[name] = activated[child]
     for module in [*model.modules(), *activated]:
-        norm = _NORM.get(type(module))
+        norm = _norm_of(module)
         if norm is None:
             continue
+        if type(module) is BatchRenormAct2d:
+            del module._was
         module.__class__ = norm
         for attribute in ("clip", "microbatch_size", "activation", "_layer"):
             delattr(module, attribute)

@@ -217,6 +217,14 @@ def _r_d(mu_B: Tensor, sigma_B: Tensor, use: _Use) -> tuple[Tensor, Tensor]:
     return r, d
 
 
+def unclipped(
+    mu_B: Tensor, sigma_B: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """r and d before clipping, as `correct` would compute them now; for who watches. Nothing is recorded or moved."""
+    mu, sigma = running_mean.to(mu_B.dtype), (running_var.to(mu_B.dtype) + eps).sqrt()
+    return _r_d(mu_B, sigma_B, _Use(mu_B, sigma_B, mu, sigma, math.inf, math.inf, False))
+
+
 def _moved(
     running_mean: Tensor, running_var: Tensor, use: _Use, alpha: float | Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
