@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.utils._pytree import tree_leaves
 
 from .modules import BatchRenorm
@@ -206,7 +207,8 @@ class keep_in_sync:
     def __deepcopy__(self, memo: dict[int, Any]) -> keep_in_sync:
         return self  # a copy of the model, as an average of its weights is, has no synchronisation of its own
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    # Not torch.compiler.disable, which this is but for importing the compiler, 3 s, at once.
+    @_disable_dynamo
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if model is not self.model or _is_repetition():
             return
@@ -214,7 +216,7 @@ class keep_in_sync:
         first = next((v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.ndim), None)
         self.weight = 1.0 if first is None else float(len(first))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     def _after(self, model: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         if model is not self.model or _is_repetition() or not model.training:
             return
