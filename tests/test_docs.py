@@ -55,9 +55,6 @@ def test_every_main_entry_has_an_example(name: str) -> None:
 ROOT = Path(__file__).parent.parent
 _BLOCK = re.compile(r"^```python(?: title=\"needs ([\w ,]+)\")?\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
-# Public names of branches that are not merged yet. Emptied when they are: nothing else may be missing.
-_COMING = {"keep_in_sync", "sync_running_stats", "recalibrate", "import_state_dict", "RenormMonitor"}
-
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
 def test_code_of_the_docs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,10 +66,9 @@ def test_code_of_the_docs(page: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     names: dict[str, object] = {"__name__": "docs"}
     skipped = []
     for needs, block in blocks:
-        coming = {name for name in _COMING if f"brn.{name}" in block and not hasattr(brn, name)}
         missing = [need for need in needs.split(", ") if need and importlib.util.find_spec(need) is None]
-        if coming or missing:
-            skipped += [f"{page.name} needs {name}" for name in (*sorted(coming), *missing)]
+        if missing:
+            skipped += [f"{page.name} needs {name}" for name in missing]
             continue
         exec(compile(block, f"{page.name}: {block[:60]!r}", "exec"), names)
     if skipped:
