@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: reproduce test lint format bench readme clean
+.PHONY: reproduce test lint format bench docs readme clean
 
 reproduce: $(VENV)/.paper  ## the paper's effect on handwritten digits, with a report
 	$(BIN)/batchrenorm reproduce digits
@@ -22,6 +22,9 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.bench  ## speed against nn.BatchNorm and the peers
 	$(BIN)/python -m benchmarks run
+
+docs: $(VENV)/.docs  ## the site, in site/: no network, and a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 SOURCES_OF_LIBRARY := hatch_build.py $(wildcard src/batchrenorm/*.c src/batchrenorm/backends/native*.[ch])
 
@@ -43,4 +46,4 @@ readme:  ## the tables in README.md, EXPERIMENTS.md and BENCHMARKS.md, and the r
 	$(BIN)/python -m benchmarks table --into BENCHMARKS.md
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -15,10 +18,11 @@ from pathlib import Path
 import torch
 
 from . import __doc__ as usage
-from .cases import CASES
+from .cases import SUITES, suite
 from .exactness import Refused, gate
 from .measure import measure
-from .tables import RESULTS, append, load, paste, select, tables
+from .plots import plot
+from .tables import RESULTS, append, load, paste, select, slug, tables
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,65 +31,109 @@ def main(arguments: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure, print, record")
-    run.add_argument("--quick", action="store_true", help="few cases, one second each, nothing recorded")
+    run.add_argument("--suite", choices=SUITES, default=None, help="default: cpu, or gpu with --device cuda")
     run.add_argument("--only", metavar="REGEX", default="", help="cases whose name matches")
-    run.add_argument("--compile", action="store_true", help="also the cases of torch.compile (slow)")
-    run.add_argument("--seconds", type=float, default=None, help="for each case and pass (default 5)")
+    run.add_argument("--seconds", type=float, default=0.5, help="for each case and pass, without warm-up (default 0.5)")
     run.add_argument("--threads", type=int, default=2)
-    run.add_argument("--device", default="cpu", help="cpu, or cuda: wall time of eager calls, synchronised")
+    run.add_argument("--device", default="cpu", help="cpu or cuda")
+    run.add_argument("--resume", action="store_true", help="leave out what is recorded for this code and machine")
+    run.add_argument("--results", type=Path, metavar="DIR", default=None, help="instead of benchmarks/results")
     run.add_argument("--no-record", action="store_true", help="print only")
+    run.add_argument("--list", action="store_true", help="print the names of the cases, and measure nothing")
     table = commands.add_parser("table", help="the tables of recorded rows")
     table.add_argument("--markdown", action="store_true")
-    table.add_argument("--headline", action="store_true", help="only forward and backward together")
+    table.add_argument("--headline", action="store_true", help="only training steps of the most telling cases")
     table.add_argument("--commit", default=None, help="instead of the latest one measured")
     table.add_argument("--into", type=Path, metavar="FILE", default=None, help="paste between the benchmark markers")
+    table.add_argument("--results", type=Path, metavar="DIR", default=None, help="instead of benchmarks/results")
+    plots = commands.add_parser("plot", help="the plots of recorded rows")
+    plots.add_argument("--commit", default=None, help="instead of the latest one measured")
+    plots.add_argument("--into", type=Path, metavar="DIR", default=None, help="default: beside the rows")
+    plots.add_argument("--results", type=Path, metavar="DIR", default=None, help="instead of benchmarks/results")
     options = parser.parse_args(arguments)
+    options.results = options.results or RESULTS
     try:
-        return _run(options) if options.command == "run" else _table(options)
+        return {"run": _run, "table": _table, "plot": _plot}[options.command](options)
     except (Refused, ValueError) as error:
         print(f"refused: {error}" if isinstance(error, Refused) else error, file=sys.stderr)
         return 1
 
 
 def _run(options: argparse.Namespace) -> int:
-    cases = [case for case in CASES if re.search(options.only, case.name)]
-    cases = [case for case in cases if (case.quick or not options.quick) and (options.compile or not case.compiled)]
+    every = suite(options.suite or ("cpu" if options.device == "cpu" else "gpu"))
+    cases = [case for case in every if re.search(options.only, case.name)]
     if not cases:
-        names = "; ".join(case.name for case in CASES)
-        raise ValueError(f"expected --only to match a case, got {options.only!r}; there are: {names}")
-    seconds = options.seconds or (1.0 if options.quick else 5.0)
+        raise ValueError(f"expected --only to match a case, got {options.only!r}; --list without it prints all names")
+    if options.list:
+        print("\n".join(case.name for case in cases))
+        return 0
+    if options.device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"expected a GPU for --device {options.device}, got none that torch can use")
     torch.set_num_threads(options.threads)
+    kept = keep_freed_memory()
     print("exactness on small tensors, against batchrenorm.reference in float64:", flush=True)
     worst = gate(["brn", "brn 8x4", "keras", "torchrl", "sb3"], options.device)
     print("  largest error in float32: " + ", ".join(f"{name} {value:.1e}" for name, value in worst.items()))
-    place = environment(options.device, options.threads)
-    path = RESULTS / f"{slug(place['device'])}.jsonl"
+    # Each timing begins with a collection; from here on those do not walk through all of torch and Keras.
+    gc.collect()
+    gc.freeze()
+    place = environment(options.device, options.threads) | {"freed_memory_kept": kept}
+    path = options.results / f"{slug(place['device'])}.jsonl"
+    if options.resume and path.exists():
+        same = ("code", "device", "threads", "versions")
+        done = {row["case"] for row in load([path]) if all(row.get(key) == place[key] for key in same)}
+        cases = [case for case in cases if case.name not in done]
+        print(f"{len(done)} cases are recorded, {len(cases)} are to be measured")
     measured = []
     for number, case in enumerate(cases, 1):
         print(f"[{number}/{len(cases)}] {case.name}, {case.nbytes / 2**20:.2g} MiB", flush=True)
         rows = []
-        for row in measure(case, device=options.device, seconds=seconds):
-            low, high = row["ratio_quartiles"]
-            share = f"  {row['copy_share']:.0%} of copy" if "copy_share" in row else ""
-            text = f"{row['ms']:9.3f} ms  {row['ratio']:6.2f} ({low:.2f}–{high:.2f})  {row['rounds']} rounds{share}"
-            print(f"  {row['pass']:8} {row['implementation']:18} {text}", flush=True)
-            rows.append(place | row)
+        try:
+            for row in measure(case, device=options.device, seconds=options.seconds):
+                low, high = row["ratio_quartiles"]
+                share = f"  {row['copy_share']:.0%} of copy" if "copy_share" in row else ""
+                text = f"{row['ms']:9.3f} ms  {row['ratio']:6.2f} ({low:.2f}–{high:.2f})  {row['rounds']} rounds{share}"
+                print(f"  {row['pass']:8} {row['implementation']:18} {text}", flush=True)
+                rows.append(place | row)
+        except torch.OutOfMemoryError:
+            print("  left out: it does not fit the memory of the device")
+            torch.cuda.empty_cache()
+            continue
         measured += rows
         # After each case, so that an interrupted run keeps what it has.
-        if not (options.quick or options.no_record):
+        if not options.no_record:
             append(rows, path)
-    print(f"\n{tables(measured, markdown=False)}")
-    noise = max((abs(row["ratio"] - 1) for row in measured if row["implementation"].endswith(" again")), default=0.0)
-    if noise > 0.05:
-        print(f"\nThe same code twice differs by up to {noise:.0%}: repeat on an idle machine, or with --threads 1.")
-    if not (options.quick or options.no_record):
-        print(f"\nrecorded in {path.relative_to(RESULTS.parent.parent)}")
+    if measured:
+        print(f"\n{tables(measured, markdown=False)}")
+    noise = sorted(abs(row["ratio"] - 1) for row in measured if row["implementation"].endswith(" again"))
+    if noise and noise[len(noise) * 9 // 10] > 0.05:
+        text = f"in a tenth of the cases by more than {noise[len(noise) * 9 // 10]:.0%}"
+        print(f"\nThe same code twice differs {text}: repeat on an idle machine, or with --threads 1.")
+    if not options.no_record:
+        print(f"\nrecorded in {path.name}")
     return 0
 
 
+def keep_freed_memory() -> bool:
+    """Have glibc keep what is freed, for everyone alike; False where there is no glibc.
+
+    It would give 24 MiB back to the system after each call, and the next call, whose ever it is, would measure how the
+    system hands out its pages: on a machine where these passes take 4 ms, another 12.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    # From malloc.h: M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, the latter's largest.
+    return bool(mallopt(-1, 2**31 - 1) and mallopt(-3, 32 * 2**20))
+
+
+def _rows(options: argparse.Namespace) -> list[dict]:
+    return select(load(sorted(options.results.glob("*.jsonl"))), options.commit)
+
+
 def _table(options: argparse.Namespace) -> int:
-    rows = select(load(sorted(RESULTS.glob("*.jsonl"))), options.commit)
-    text = tables(rows, options.markdown or options.into is not None, options.headline)
+    text = tables(_rows(options), options.markdown or options.into is not None, options.headline)
     if options.into is None:
         print(text)
     else:
@@ -93,11 +141,28 @@ def _table(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plot(options: argparse.Namespace) -> int:
+    for path in plot(_rows(options), options.into or options.results):
+        print(path.name)
+    return 0
+
+
+def code() -> str:
+    """A digest of all that decides a number here, also where there is no git."""
+    root = Path(__file__).parent.parent
+    files = sorted(path for top in ("src/batchrenorm", "benchmarks") for path in (root / top).rglob("*.[pch]*"))
+    digest = hashlib.sha256()
+    for path in files:
+        if path.suffix in (".py", ".c", ".h") and "paper" not in path.parts:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def environment(device: str, threads: int) -> dict[str, object]:
     """What the numbers depend on, and nothing that names the machine's owner."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _cpu()
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    for package in ("keras", "torchrl", "sb3-contrib"):
+    for package in ("triton", "keras", "torchrl", "sb3-contrib", "torchvision"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -107,6 +172,8 @@ def environment(device: str, threads: int) -> dict[str, object]:
         "commit": _git("rev-parse", "HEAD") or "unknown",
         # The results themselves change with every run.
         "dirty": _git("status", "--porcelain", "--", "src", "benchmarks", ":!benchmarks/results") != "",
+        "code": code(),
+        "kind": torch.device(device).type,
         "device": name,
         "cores": os.cpu_count(),
         "threads": threads,
@@ -121,10 +188,6 @@ def _cpu() -> str:
     except (OSError, StopIteration):
         model = platform.processor() or platform.machine()
     return f"{model} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def slug(device: object) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", str(device).lower()).strip("-")
 
 
 def _git(*arguments: str) -> str | None:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 import batchrenorm
 
+from .cases import ADD_RELU, PLAIN, RELU
+
 EPS, MOMENTUM, R_MAX, D_MAX = 1e-5, 0.01, 3.0, 5.0
 MICROBATCH = 4
-"""Limits open from the first step, so that every renorm does its full work."""
 
 
 class Unavailable(Exception):
@@ -42,10 +43,14 @@ class State:
         return cls(*(v.to(device) for v in vectors))
 
 
+Function = Callable[[Tensor, Tensor | None], Tensor]
+"""Of x and the residual to y."""
+
+
 @dataclass(frozen=True)
 class Layer:
-    train: Callable[[Tensor], Tensor]
-    infer: Callable[[Tensor], Tensor]
+    train: Function
+    infer: Function
     parameters: tuple[Tensor, ...]
     """gamma, beta"""
     averages: Callable[[], tuple[Tensor, Tensor]] | None = None
@@ -55,7 +60,7 @@ class Layer:
     microbatch: int | None = None
 
 
-def build(name: str, state: State, ndim: int, dtype: torch.dtype) -> Layer:
+def build(name: str, state: State, ndim: int, dtype: torch.dtype, fused: str = PLAIN) -> Layer:
     """A new layer.
 
     Args:
@@ -63,60 +68,127 @@ def build(name: str, state: State, ndim: int, dtype: torch.dtype) -> Layer:
         state: its parameters and averages.
         ndim: rank of x, with batch and channels.
         dtype: of x.
+        fused: what follows it: nothing, a ReLU, or the sum with a residual and a ReLU.
 
     Raises:
         Unavailable: the package is missing, or it has no layer for this x.
     """
     name = name.removesuffix(" again")
     match name:
-        case "bn" | "bn compiled" | "bn 8x4 looped":
-            return _batch_norm(state, ndim, compiled=name == "bn compiled", looped="looped" in name)
+        case "bn" | "bn compiled" | "bn 8x4 looped" | "bn cudnn off" | "sync bn":
+            return _batch_norm(name, state, ndim, fused)
         case "brn" | "brn compiled" | "brn 8x4":
-            microbatch = MICROBATCH if name == "brn 8x4" else None
-            return _batchrenorm(state, ndim, compiled=name == "brn compiled", microbatch=microbatch)
+            return _batchrenorm(name, state, ndim, fused)
         case "keras":
-            return _keras(state, ndim, dtype)
+            return _keras(state, ndim, dtype, fused)
         case "torchrl":
-            return _torchrl(state)
+            return _torchrl(state, fused)
         case "sb3":
-            return _sb3(state, ndim)
+            return _sb3(state, ndim, fused)
     raise ValueError(f"expected the name of an implementation, got {name!r}")
 
 
-def _module(layer: nn.Module, compiled: bool = False, **more: Any) -> Layer:
-    train = torch.compile(layer) if compiled else layer
+def _followed(layer: Callable[[Tensor], Tensor], fused: str, in_place: bool = False) -> Function:
+    """The layer and what comes after it: in place for batch norm, as torchvision's nets do it."""
+    if fused == PLAIN:
+        return lambda x, residual: layer(x)
+    if in_place:
+        rectify, add = torch.relu_, Tensor.add_
+    else:
+        rectify, add = torch.relu, Tensor.add
+    if fused == RELU:
+        return lambda x, residual: rectify(layer(x))
+    return lambda x, residual: rectify(add(layer(x), residual))
+
+
+def _module(layer: nn.Module, fused: str, **more: Any) -> Layer:
     # Inference from a copy: switching modes to and fro is not what is measured.
-    return Layer(train, copy.deepcopy(layer).eval(), tuple(layer.parameters()), **more)
+    evaluated = copy.deepcopy(layer).eval()
+    return Layer(_followed(layer, fused), _followed(evaluated, fused), tuple(layer.parameters()), **more)
 
 
-def _batch_norm(state: State, ndim: int, compiled: bool, looped: bool) -> Layer:
+def _batch_norm(name: str, state: State, ndim: int, fused: str) -> Layer:
     kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[ndim]
     layer = kind(len(state.mu), EPS, MOMENTUM, device=state.mu.device)
     _load(layer.weight, state.gamma)
     _load(layer.bias, state.beta)
     _load(layer.running_mean, state.mu)
     _load(layer.running_var, state.sigma**2 - EPS)
-    if not looped:
-        return _module(layer, compiled, renorm=False)
-    loop = lambda x: torch.cat([layer(part) for part in x.split(MICROBATCH)])  # noqa: E731
-    return Layer(loop, copy.deepcopy(layer).eval(), tuple(layer.parameters()), renorm=False, microbatch=MICROBATCH)
+    vectors = layer.weight, layer.bias, layer.running_mean, layer.running_var
+    train: Callable[[Tensor], Tensor] = layer
+    infer: Callable[[Tensor], Tensor] = copy.deepcopy(layer).eval()
+    if name == "bn 8x4 looped":
+        train = lambda x: torch.cat([layer(part) for part in x.split(MICROBATCH)])  # noqa: E731
+    elif name in ("bn cudnn off", "sync bn"):
+        if state.mu.device.type != "cuda":
+            raise Unavailable("on CUDA only")
+        if name == "sync bn":
+            train = lambda x: _SyncBatchNorm.apply(x, *vectors)  # noqa: E731
+        else:
+            train = lambda x: torch.batch_norm(x, *vectors, True, MOMENTUM, EPS, False)  # noqa: E731
+            infer = lambda x: torch.batch_norm(x, *vectors, False, MOMENTUM, EPS, False)  # noqa: E731
+    function = _followed(train, fused, in_place=True)
+    return Layer(
+        torch.compile(function) if name == "bn compiled" else function,
+        _followed(infer, fused, in_place=True),
+        vectors[:2],
+        renorm=False,
+        microbatch=MICROBATCH if name == "bn 8x4 looped" else None,
+    )
 
 
-def _batchrenorm(state: State, ndim: int, compiled: bool, microbatch: int | None) -> Layer:
+class _SyncBatchNorm(torch.autograd.Function):
+    """nn.SyncBatchNorm's own operators, as it calls them, for one replica that sends nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        mu, invstd = torch.batch_norm_stats(x, EPS)
+        count = torch.full((1,), x.numel() // x.shape[1], dtype=mean.dtype, device=x.device)
+        mu, invstd = torch.batch_norm_gather_stats_with_counts(
+            x, mu[None], invstd[None], mean, var, MOMENTUM, EPS, count
+        )
+        ctx.save_for_backward(x, weight, mu, invstd, count.to(torch.int32))
+        return torch.batch_norm_elemt(x, weight, bias, mu, invstd, EPS)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mu, invstd, count = ctx.saved_tensors
+        sums = torch.batch_norm_backward_reduce(dy, x, mu, invstd, weight, True, True, True)
+        dx = torch.batch_norm_backward_elemt(dy, x, mu, invstd, weight, *sums[:2], count)
+        return dx, *sums[2:], None, None
+
+
+def _batchrenorm(name: str, state: State, ndim: int, fused: str) -> Layer:
     kinds = {2: "BatchRenorm1d", 3: "BatchRenorm1d", 4: "BatchRenorm2d", 5: "BatchRenorm3d"}
-    clip = batchrenorm.ClipSchedule.constant(R_MAX, D_MAX)
+    microbatch = MICROBATCH if name == "brn 8x4" else None
     layer = getattr(batchrenorm, kinds[ndim])(
-        len(state.mu), EPS, MOMENTUM, clip=clip, microbatch_size=microbatch, device=state.mu.device
+        len(state.mu),
+        EPS,
+        MOMENTUM,
+        clip=batchrenorm.ClipSchedule.constant(R_MAX, D_MAX),
+        microbatch_size=microbatch,
+        activation=None if fused == PLAIN else "relu",
+        device=state.mu.device,
     )
     _load(layer.weight, state.gamma)
     _load(layer.bias, state.beta)
     _load(layer.running_mean, state.mu)
     _load(layer.running_var, state.sigma**2 - EPS)
-    averages = lambda: (layer.running_mean, layer.running_std)  # noqa: E731
-    return _module(layer, compiled, averages=averages, microbatch=microbatch)
+    evaluated = copy.deepcopy(layer).eval()
+    if fused == ADD_RELU:
+        train, infer = (lambda x, residual, layer=kind: layer(x, residual=residual) for kind in (layer, evaluated))
+    else:
+        train, infer = (lambda x, residual, layer=kind: layer(x) for kind in (layer, evaluated))
+    return Layer(
+        torch.compile(train) if name == "brn compiled" else train,
+        infer,
+        tuple(layer.parameters()),
+        lambda: (layer.running_mean, layer.running_std),
+        microbatch=microbatch,
+    )
 
 
-def _keras(state: State, ndim: int, dtype: torch.dtype) -> Layer:
+def _keras(state: State, ndim: int, dtype: torch.dtype, fused: str) -> Layer:
     os.environ["KERAS_BACKEND"] = "torch"
     try:
         import keras
@@ -134,7 +206,7 @@ def _keras(state: State, ndim: int, dtype: torch.dtype) -> Layer:
         renorm=True,
         renorm_clipping={"rmax": R_MAX, "rmin": 1 / R_MAX, "dmax": D_MAX},
         renorm_momentum=1 - MOMENTUM,
-        dtype="mixed_bfloat16" if dtype == torch.bfloat16 else "float32",
+        dtype={torch.bfloat16: "mixed_bfloat16", torch.float16: "mixed_float16"}.get(dtype, "float32"),
     )
     layer.build((None, len(state.mu), *[None] * (ndim - 2)))
     layer.gamma.assign(state.gamma)
@@ -145,14 +217,14 @@ def _keras(state: State, ndim: int, dtype: torch.dtype) -> Layer:
         variable.assign(state.sigma)
     layer.moving_variance.assign(state.sigma**2 - EPS)
     return Layer(
-        lambda x: layer(x, training=True),
-        lambda x: layer(x, training=False),
+        _followed(lambda x: layer(x, training=True), fused),
+        _followed(lambda x: layer(x, training=False), fused),
         (layer.gamma.value, layer.beta.value),
         lambda: (layer.renorm_mean.value.detach(), layer.renorm_stddev.value.detach()),
     )
 
 
-def _torchrl(state: State) -> Layer:
+def _torchrl(state: State, fused: str) -> Layer:
     try:
         from torchrl.modules.models.batchrenorm import BatchRenorm1d
     except ImportError as error:
@@ -165,10 +237,10 @@ def _torchrl(state: State) -> Layer:
     _load(layer.bias, state.beta)
     _load(layer.running_mean, state.mu)
     _load(layer.running_var, state.sigma**2 - EPS)
-    return _module(layer)
+    return _module(layer, fused)
 
 
-def _sb3(state: State, ndim: int) -> Layer:
+def _sb3(state: State, ndim: int, fused: str) -> Layer:
     if ndim != 2:
         raise Unavailable("its statistics are over dimension 0 only, so it takes (N, C)")
     try:
@@ -181,7 +253,7 @@ def _sb3(state: State, ndim: int) -> Layer:
     _load(layer.bias, state.beta)
     _load(layer.ra_mean, state.mu)
     _load(layer.ra_var, state.sigma**2 - EPS)
-    return _module(layer)
+    return _module(layer, fused)
 
 
 def _load(target: Tensor | None, value: Tensor) -> None:

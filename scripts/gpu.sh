@@ -37,9 +37,9 @@ tests() {
 
 benchmarks() {
   if [[ $toy ]]; then
-    "$python" -m benchmarks run --device cpu --quick --only "tiny conv" --seconds 0.05 --no-record
+    "$python" -m benchmarks run --device cpu --suite quick --only 2x8x4x4 --seconds 0.05 --resume --results "$out"
   else
-    "$python" -m benchmarks run --device cuda --seconds 2 && cp benchmarks/results/*h200*.jsonl "$out" 2>/dev/null
+    "$python" -m benchmarks run --device cuda --suite gpu --seconds 0.4 --resume --results "$out"
   fi
 }
 

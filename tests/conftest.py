@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
+import processes
 import pytest
 import torch
 from torch.utils._device import _device_constructors
@@ -45,6 +46,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[processes.Pool]:
+    """Real processes, started by the first test that wants some."""
+    pool = processes.Pool()
+    yield pool
+    pool.end()
 
 
 NO_LIBRARY = "the package was installed without a C compiler"

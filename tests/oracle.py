@@ -60,20 +60,24 @@ def train(
     eps: float = 1e-5,
     r_max: float = 3.0,
     d_max: float = 5.0,
-    microbatch: int | None = None,
+    microbatch: int | list[int] | None = None,
     mask: NDArray[np.bool_] | None = None,
 ) -> Step:
-    """x is (N, C, *spatial), mask (N, *spatial) with True for a real element; sigma has epsilon inside."""
+    """x is (N, C, *spatial), mask (N, *spatial) with True for a real element; sigma has epsilon inside.
+
+    A list of microbatches is the size of each, as where replicas cut up their shards.
+    """
     x = np.asarray(x, np.float64)
     N, C = x.shape[:2]
     gamma = np.ones(C) if gamma is None else np.asarray(gamma, np.float64)
     beta = np.zeros(C) if beta is None else np.asarray(beta, np.float64)
     mask = np.ones((N, *x.shape[2:]), bool) if mask is None else mask
     size = N if microbatch is None else microbatch
+    sizes = size if isinstance(size, list) else [min(size, N - first) for first in range(0, N, size)]
     groups = []
     y = np.empty_like(x)
-    for first in range(0, N, size):
-        rows = slice(first, min(first + size, N))
+    for g, m in enumerate(sizes):
+        rows = slice(sum(sizes[:g]), sum(sizes[: g + 1]))
         values, real = _matrix(x[rows]), mask[rows].reshape(-1)
         m = max(real.sum(), 1)
         mu_B = values[real].sum(0) / m

@@ -166,6 +166,19 @@ def test_a_network() -> None:
     assert type(model[7]) is nn.BatchNorm1d
 
 
+def test_without_a_bias() -> None:
+    """torch's batch norm has learned this argument; a layer and its conversions keep it."""
+    for cls, x in ((brn.BatchRenorm2d, torch.randn(4, 3, 5, 5)), (brn.LazyBatchRenorm2d, torch.randn(4, 3, 5, 5))):
+        layer = cls(*([] if "Lazy" in cls.__name__ else [3]), bias=False)
+        layer(x)
+        assert sorted(name for name, _ in layer.named_parameters()) == ["weight"]
+        assert "bias=False" in repr(layer)
+        norm = brn.to_batchnorm(copy.deepcopy(layer))
+        assert norm.bias is None
+        assert brn.convert_batchnorm(norm).bias is None
+        layer.reset_parameters()
+
+
 def test_twice_is_once() -> None:
     model = brn.convert_batchnorm(network(), clip=CLIP)
     brn.convert_batchnorm(model, clip=brn.ClipSchedule())

@@ -38,7 +38,7 @@ def test_every_stage_runs_and_leaves_its_results(tmp_path: Path) -> None:
     assert facts["toy"] is True
     assert facts["copy"]["GB/s read and written"] > 0
     assert "passed" in (tmp_path / "tests.log").read_text()
-    assert not peers or "tiny conv" in (tmp_path / "benchmarks.log").read_text()
+    assert not peers or "2x8x4x4 fp32" in (tmp_path / "benchmarks.log").read_text()
     arms = {
         json.loads(line)["arm"] for line in (tmp_path / "runs" / "smoke" / "results.jsonl").read_text().splitlines()
     }

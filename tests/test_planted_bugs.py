@@ -31,6 +31,8 @@ class Bug(NamedTuple):
 EXACT, IDENTITY, STATE = "test_exact.py::", "test_identities.py::", "test_state.py::"
 NATIVE = "test_native.py::"
 FUSED = "test_fused.py::"
+REPLICAS, SHARED = "test_replicas.py::", "test_distributed.py::"
+SHARDED = REPLICAS + "test_sharded_is_whole"
 SHAPES = EXACT + "test_shapes"
 
 BUGS = [
@@ -72,8 +74,8 @@ BUGS = [
     Bug(
         "gradient through r and d",
         "functional.py",
-        "mean.detach() if mean.requires_grad else mean",
-        "mean.clone()",
+        "(v.detach() if v.requires_grad else v for v in (mean, std))",
+        "(v.clone() for v in (mean, std))",
         IDENTITY + "test_no_gradient_through_r_and_d",
     ),
     Bug(
@@ -135,8 +137,8 @@ BUGS = [
     Bug(
         "half in, float32 out",
         "backends/decomposed.py",
-        "return y.to(x.dtype)",
-        "return y",
+        "(y if activation is None else y.relu()).to(x.dtype)",
+        "(y if activation is None else y.relu())",
         EXACT + "test_dtype_and_memory_format_are_the_inputs",
     ),
     Bug(
@@ -463,6 +465,69 @@ BUGS = [
         "drift = torch.full_like(outside[0], math.nan)",
         "drift = torch.full_like(outside[0], math.nan if gap.item() >= 0 else 0.0)",
         "test_monitor.py::test_no_look_at_a_number",
+    ),
+    Bug(
+        "replicas that count the same, however many values they have",
+        "replicas.py",
+        "share = counts / total.clamp(min=1)",
+        "share = torch.full_like(counts, 1 / replicas.size)",
+        SHARDED,
+    ),
+    Bug(
+        "the variance within the replicas, without that between them",
+        "replicas.py",
+        "squares + counts * (means - merged).square()",
+        "squares",
+        SHARDED,
+    ),
+    Bug(
+        "a gradient through this replica's moments alone",
+        "replicas.py",
+        "add_up(torch.cat([mean_grad, var_grad]), ctx.replicas).chunk(2)",
+        "(mean_grad, var_grad)",
+        SHARDED,
+    ),
+    Bug(
+        "the sums of all replicas over the values of one",
+        "backends/__init__.py",
+        "/ self.total)",
+        "/ (self.total / self.replicas.size))",
+        SHARDED,
+    ),
+    Bug(
+        "averages that follow one replica's microbatches alone",
+        "functional.py",
+        "if replicas is not None and together is None:",
+        "if False:",
+        SHARDED,
+    ),
+    Bug(
+        "a shard that counts like the others, whatever its size",
+        "distributed.py",
+        "*(w * p for p in parts)",
+        "*parts",
+        SHARED + "test_mean_of_mu_and_of_sigma",
+    ),
+    Bug(
+        "the mean of variances for that of standard deviations, in averaged weights",
+        "calibrate.py",
+        "if norm is not None and tensor is norm.running_var:",
+        "if False:",
+        SHARED + "test_averaging_of_weights_averages_sigma",
+    ),
+    Bug(
+        "a forward that does not wait for the averages of the last one",
+        "distributed.py",
+        "        self.wait()\n        first =",
+        "        first =",
+        SHARED + "test_whoever_reads_waits",
+    ),
+    Bug(
+        "recalibration by the old averages",
+        "calibrate.py",
+        "m.momentum, m.clip = None, ClipSchedule.constant(1.0, 0.0)",
+        "m.momentum = None",
+        SHARED + "test_recalibrated_to_the_mean_of_mu_and_sigma",
     ),
 ]
 

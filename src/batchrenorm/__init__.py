@@ -1,7 +1,9 @@
 """Batch Renormalization (S. Ioffe, 2017) for PyTorch: exact, drop-in for `torch.nn.BatchNorm`."""
 
 from . import reference
+from .calibrate import average_sigma, recalibrate
 from .convert import convert_batchnorm, to_batchnorm
+from .distributed import keep_in_sync, sync_running_stats
 from .export import fold_batchnorm
 from .functional import batch_renorm
 from .importers import convert_renorm, import_state_dict
@@ -32,12 +34,16 @@ __all__ = [
     "LazyBatchRenorm2d",
     "LazyBatchRenorm3d",
     "RenormMonitor",
+    "average_sigma",
     "batch_renorm",
     "convert_batchnorm",
     "convert_renorm",
     "fold_batchnorm",
     "import_state_dict",
+    "keep_in_sync",
+    "recalibrate",
     "reference",
     "set_step",
+    "sync_running_stats",
     "to_batchnorm",
 ]

@@ -28,6 +28,7 @@ from .modules import (
     LazyBatchRenorm2d,
     LazyBatchRenorm3d,
 )
+from .replicas import WORLD, group_called
 from .schedule import ClipSchedule
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def convert_batchnorm(
 ) -> Model:
     """Turn every batch-norm layer of a model into Batch Renormalization, in place.
 
-    Converted are `BatchNorm1d/2d/3d`, `SyncBatchNorm` (to `BatchRenorm`, with statistics of its own replica) and the
+    Converted are `BatchNorm1d/2d/3d`, `SyncBatchNorm` (to `BatchRenorm`, with its process group) and the
     lazy ones, at any depth, shared or not. Layers keep their identity, so do their parameters (an optimiser goes on
     with its state) and hooks; training flag, device, dtype, requires_grad, eps, averages and step count stay. Inference
     is unchanged. timm's `BatchNormAct2d` becomes a `BatchRenormAct2d`, which does its activation too. Other subclasses
@@ -109,7 +110,8 @@ def convert_batchnorm(
         momentum: weight of the new value in the averages; the paper's 0.01 rather than the layer's own, which was
             chosen for averages that training does not use. None for the cumulative mean.
         microbatch_size: see `BatchRenorm`.
-        process_group: see `BatchRenorm`.
+        process_group: see `BatchRenorm`. None leaves a `SyncBatchNorm` the group that it has, which is "world" where it
+            has none.
         fuse_relu: where a `nn.Sequential` has a `nn.ReLU` right after the layer, let the layer do it in its own pass
             over memory. The ReLU stays in its place as a `FusedReLU`, which passes on what it gets.
         where: ``where(name, layer) -> bool`` picks the layers; None picks all.
@@ -144,11 +146,12 @@ def convert_batchnorm(
             limits = ClipSchedule.constant() if skip else ClipSchedule()
         if renorm is BatchRenormAct2d:
             layer._was = type(layer)
+        own_group = (layer.process_group or WORLD) if isinstance(layer, nn.SyncBatchNorm) else None
         layer.__class__ = renorm
         layer.momentum = momentum
         layer.clip = limits
         layer.microbatch_size = microbatch_size
-        layer.process_group = process_group
+        layer.process_group = own_group if process_group is None else process_group
         layer.activation = None
         layer._layer = name_of_history()
     if trained:
@@ -178,6 +181,9 @@ class BatchNormAct(nn.Module):
         BatchNormAct(
           (norm): BatchNorm2d(8, eps=1e-05, momentum=0.01, affine=True, ...track_running_stats=True)
         )
+        >>> layer = to_batchnorm(BatchRenorm2d(8, activation="relu"))
+        >>> type(layer).__name__, type(layer.norm).__name__
+        ('BatchNormAct', 'BatchNorm2d')
     """
 
     def __init__(self, norm: nn.Module) -> None:
@@ -249,4 +255,7 @@ def to_batchnorm(model: Model) -> Model:
             delattr(module, attribute)
         if norm is not nn.SyncBatchNorm:
             delattr(module, "process_group")
+        elif isinstance(module.process_group, str):
+            group = None if module.process_group == WORLD else group_called(module.process_group)
+            module.process_group = group  # type: ignore[assignment]
     return activated.get(model, model)  # type: ignore[return-value]

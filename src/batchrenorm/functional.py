@@ -3,6 +3,7 @@
 The path of one tensor through a training step:
 
     x (N, C, *)  ->  backend.moments: mean, var, std, (C,), or (G, C) of G microbatches     first heavy pass
+                 ->  replicas.merge, where there are replicas: mean, var, std of all of them
                  ->  correction.correct: r, d like them, and the move of the averages       the paper, on vectors
                  ->  backend.affine                                                         second heavy pass
     and last, when nothing can fail any more, the averages move.
@@ -17,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import aten, decomposed, native
+from .backends import Moments, Shared, aten, decomposed, native
 from .correction import correct, in_one_call, is_plain_eager, suits_one_call
+from .replicas import Replicas, check_group, mean_of_groups, merge, replicas_of
 from .schedule import check_limits
 
 BACKENDS: dict[str, ModuleType] = {"aten": aten, "decomposed": decomposed, "native": native}
@@ -65,7 +67,11 @@ def batch_renorm(
             averages move once, by the mean over the groups. The last group may be smaller. Ignored in inference.
         mask: bool, ``(N, *spatial)``, True = a real element. Only real elements enter the statistics; the others are
             mapped like them (what is not finite there counts as 0). Ignored in inference by averages.
-        process_group: statistics over all replicas; not available yet.
+        process_group: normalise by the statistics of all replicas' minibatches together: a
+            `torch.distributed.ProcessGroup`, its name, or "world" for all processes. Shards may differ in size and
+            may be empty. x must require a gradient on all replicas or on none: then the backward is a collective as
+            well. With microbatch_size the microbatches stay local, and only the averages' move is shared; ignored in
+            inference. Gradients of weight and bias are this replica's.
         activation: "relu" for ``max(0, y)`` in the same pass over memory, or None.
         residual: like x, added to y before the activation, in the same pass.
         backend: "native" (C, on the CPU), "aten" (torch's batch-norm kernels) or "decomposed" (plain operators); None
@@ -77,6 +83,7 @@ def batch_renorm(
     Raises:
         ValueError: a wrong shape or number; nothing has been modified.
         TypeError: a wrong dtype; nothing has been modified.
+        RuntimeError: a process group that is not there; nothing has been modified.
 
     Example:
         >>> mean, var = torch.zeros(3), torch.ones(3)
@@ -130,8 +137,9 @@ def renormalize(
     layer: Tensor | None = None,
 ) -> Tensor:
     """`batch_renorm` with the layer's counter of training forwards, and the tensor that names its history."""
-    _check_tensors(x, running_mean, running_var, weight, bias)
     check_settings(alpha, eps, r_max, d_max, microbatch_size, process_group, backend, activation)
+    replicas = replicas_of(process_group) if training and process_group is not None else None
+    _check_tensors(x, running_mean, running_var, weight, bias, may_be_empty=replicas is not None)
     if mask is not None:
         _check_mask(mask, x)
     if residual is not None:
@@ -140,13 +148,17 @@ def renormalize(
         return _finished(_inference(x, running_mean, running_var, weight, bias, eps), residual, activation)
 
     # Without averages inference is batch norm on the minibatch, all of it.
-    size = min(microbatch_size, x.shape[0]) if training and microbatch_size is not None else x.shape[0]
-    _check_values_per_channel(x, size)
-    if running_mean is None and mask is None and size == x.shape[0] and backend is None:
+    N = x.shape[0]
+    size = min(microbatch_size, N) if training and microbatch_size is not None else N
+    # What all replicas have together is not known here.
+    together = replicas if microbatch_size is None else None
+    if together is None:
+        _check_values_per_channel(x, size)
+    if running_mean is None and mask is None and size == N and backend is None and replicas is None:
         return _finished(F.batch_norm(x, None, None, weight, bias, True, 0.0, eps), residual, activation)
     plain = is_plain_eager(x)
     passes = _choose(backend, plain, mask, x, weight, bias, residual, running_mean, running_var, step)
-    if passes is native and suits_one_call(running_mean, running_var, step, mask, x):
+    if passes is native and replicas is None and suits_one_call(running_mean, running_var, step, mask, x):
         layer = running_mean if layer is None else layer
         limits = float(alpha), eps, float(r_max), float(d_max)
         tensors = x, running_mean, running_var, step, weight, bias
@@ -154,15 +166,26 @@ def renormalize(
     share = None
     if mask is not None:
         x = torch.where(mask.unsqueeze(1) | x.isfinite(), x, 0)
-        share = _share_of_microbatches(mask, size)
+        share = None if together is not None else _share_of_microbatches(mask, size)
 
+    if x.numel() == 0:
+        passes, N = decomposed, 0
     moments = mean, _, std = passes.moments(x, eps, size, mask)
+    shared: tuple[Shared, ...] = ()
+    if together is not None:
+        moments, total = _merged(moments, x, mask, eps, together, plain)
+        mean, _, std = moments
+        shared = (Shared(together, total),)
+        share = None if mask is None else _share_of_all(total)
     if running_mean is None or running_var is None:
         r, d = torch.ones_like(mean), torch.zeros_like(mean)
-        return passes.affine(x, moments, eps, r, d, weight, bias, size, residual, activation)
+        return passes.affine(x, moments, eps, r, d, weight, bias, size, residual, activation, *shared)
+    mu_B, sigma_B = (v.detach() if v.requires_grad else v for v in (mean, std))
+    if replicas is not None and together is None:
+        mu_B, sigma_B, share = mean_of_groups(mu_B, sigma_B, share, N, replicas)
     r, d, move = correct(
-        mean.detach() if mean.requires_grad else mean,
-        std.detach() if std.requires_grad else std,
+        mu_B,
+        sigma_B,
         running_mean,
         running_var,
         step,
@@ -174,7 +197,9 @@ def renormalize(
         layer=running_mean if layer is None else layer,
         plain=plain,
     )
-    y = passes.affine(x, moments, eps, r, d, weight, bias, size, residual, activation)
+    if mu_B.shape != mean.shape:
+        r, d = (v[:-1].view_as(mean) for v in (r, d))
+    y = passes.affine(x, moments, eps, r, d, weight, bias, size, residual, activation, *shared)
     move()
     return y
 
@@ -230,8 +255,40 @@ def _share_of_microbatches(mask: Tensor, size: int) -> Tensor:
     return counted / counted.sum()
 
 
+def _merged(
+    moments: Moments, x: Tensor, mask: Tensor | None, eps: float, replicas: Replicas, plain: bool
+) -> tuple[Moments, Tensor]:
+    mean, var, _ = moments
+    count = math.prod((x.shape[0], *x.shape[2:])) if mask is None else mask.sum()
+    differentiated = torch.is_grad_enabled() and x.requires_grad
+    mean, var, total, agreed = merge(mean, var, count, differentiated, replicas)
+    # On every replica alike, since all of them see the same. On a GPU looking would wait for the device.
+    if plain and total.is_cpu and not agreed.item():
+        raise RuntimeError(
+            "expected x to require a gradient on all replicas of the process group or on none, got both; the backward "
+            "is a collective, so freeze the same parts and leave out gradients in the same forwards everywhere"
+        )
+    if mask is None and plain and total.is_cpu and total.item() < 2:
+        raise ValueError(
+            f"expected more than one value per channel in training, got {int(total.item())} on {replicas.size} "
+            "replicas together; use more samples, drop the last ones, or call eval() for single samples"
+        )
+    return (mean, var, (var + eps).sqrt()), total
+
+
+def _share_of_all(total: Tensor) -> Tensor:
+    """`_share_of_microbatches` of all replicas' minibatch as one."""
+    counted = (total > 1).to(total.dtype).view(1)
+    return counted / counted
+
+
 def _check_tensors(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    may_be_empty: bool,
 ) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"expected x to be a torch.Tensor, got {type(x).__name__}; convert it with torch.as_tensor")
@@ -243,7 +300,7 @@ def _check_tensors(
         raise ValueError(
             f"expected x of shape (N, C) or (N, C, *spatial), got {tuple(x.shape)}; add the missing dimensions"
         )
-    if x.numel() == 0:
+    if x.numel() == 0 and not may_be_empty:
         raise ValueError(f"expected at least one element, got x of shape {tuple(x.shape)}; skip empty batches")
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
@@ -287,10 +344,7 @@ def check_settings(
         if microbatch_size < 1:
             raise ValueError(f"expected microbatch_size >= 1 or None, got {microbatch_size}; None is the whole batch")
     if process_group is not None:
-        raise NotImplementedError(
-            "expected process_group=None, got a group; statistics over replicas are not available yet, "
-            "so leave it out and each replica normalises its own batch"
-        )
+        check_group(process_group)
     if activation not in (None, "relu"):
         raise ValueError(f"expected activation to be None or 'relu', got {activation!r}; apply another one afterwards")
     if backend is not None and backend not in BACKENDS:
@@ -322,7 +376,7 @@ def _check_residual(residual: Tensor, x: Tensor) -> Tensor:
 
 
 def _check_values_per_channel(x: Tensor, size: int) -> None:
-    last = x.shape[0] % size or size
+    last = x.shape[0] % size or size if size else 0
     if last == 1 and math.prod(x.shape[2:]) == 1:
         where = "" if size == x.shape[0] else f", whose last microbatch of {size} holds {last} sample"
         raise ValueError(

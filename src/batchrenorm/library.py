@@ -22,8 +22,8 @@ def _load() -> ctypes.CDLL | None:
         return None
     try:
         library = ctypes.CDLL(str(path))
-        for function in (library.brn_moments, library.brn_affine, library.brn_backward, library.brn_move):
-            function.argtypes = [ctypes.c_char_p]
+        for name in ("moments", "affine", "backward", "gradient", "move"):
+            getattr(library, f"brn_{name}").argtypes = [ctypes.c_char_p]
         library.brn_forward.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_char_p]
         sizes = library.brn_size_of_pass(), library.brn_size_of_step()
     except (OSError, AttributeError):  # built for another machine, or from other sources

@@ -12,6 +12,7 @@ from torch.nn.parameter import Parameter, UninitializedBuffer, UninitializedPara
 
 from .correction import is_plain_eager, name_of_history
 from .functional import check_settings, renormalize
+from .replicas import name_of
 from .schedule import ClipSchedule, as_real
 
 Clip = Callable[[Tensor], tuple[Tensor, Tensor]] | ClipSchedule
@@ -37,8 +38,10 @@ class BatchRenorm(nn.Module):
         dtype: of parameters and averages.
         clip: limits of r and d as a function of the training step, which is `num_batches_tracked`.
         microbatch_size: normalise consecutive groups of this many samples separately, each with its own r and d.
-        process_group: statistics over all replicas; not available yet.
+        process_group: normalise by the statistics of all replicas together: a `torch.distributed.ProcessGroup`, its
+            name, or "world"; see `batch_renorm`. A copied or unpickled layer holds the name.
         activation: "relu" for ``max(0, y)`` in the same pass over memory, or None.
+        bias: with affine, learn the bias too.
 
     Raises:
         ValueError, TypeError: an argument out of its range, or an input of the wrong shape or dtype; an error leaves
@@ -79,6 +82,7 @@ class BatchRenorm(nn.Module):
         microbatch_size: int | None = None,
         process_group: object | None = None,
         activation: str | None = None,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(num_features, int) or isinstance(num_features, bool) or num_features < 0:
@@ -102,7 +106,8 @@ class BatchRenorm(nn.Module):
         self._layer = name_of_history()
         floating = {"device": device, "dtype": dtype}
         self.weight = Parameter(torch.ones(num_features, **floating)) if affine else None  # type: ignore[arg-type]
-        self.bias = Parameter(torch.zeros(num_features, **floating)) if affine else None  # type: ignore[arg-type]
+        biased = affine and bias
+        self.bias = Parameter(torch.zeros(num_features, **floating)) if biased else None  # type: ignore[arg-type]
         tracked = track_running_stats
         zeros = torch.zeros(num_features, **floating) if tracked else None  # type: ignore[arg-type]
         self.register_buffer("running_mean", zeros)
@@ -183,10 +188,19 @@ class BatchRenorm(nn.Module):
     def extra_repr(self) -> str:
         text = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
         text += f"track_running_stats={self.track_running_stats}, clip={self.clip}"
-        for name in ("microbatch_size", "activation"):
-            value = getattr(self, name)
+        if self.affine and self.bias is None:
+            text += ", bias=False"
+        for name, value in {
+            "microbatch_size": self.microbatch_size,
+            "process_group": name_of(self.process_group),
+            "activation": self.activation,
+        }.items():
             text += "" if value is None else f", {name}={value}"
         return text
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A process group is the process's, and cannot be copied or pickled.
+        return {**self.__dict__, "process_group": name_of(self.process_group)}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
@@ -227,6 +241,8 @@ class _Lazy(LazyModuleMixin, BatchRenorm):
         track_running_stats: bool = True,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(0, eps, momentum, False, False, device, dtype, **options)
@@ -235,7 +251,7 @@ class _Lazy(LazyModuleMixin, BatchRenorm):
         floating = {"device": device, "dtype": dtype}
         if affine:
             self.weight = UninitializedParameter(**floating)  # type: ignore
-            self.bias = UninitializedParameter(**floating)  # type: ignore
+            self.bias = UninitializedParameter(**floating) if bias else None  # type: ignore
         if track_running_stats:
             self.running_mean = UninitializedBuffer(**floating)  # type: ignore[arg-type]
             self.running_var = UninitializedBuffer(**floating)  # type: ignore[arg-type]

@@ -6,12 +6,39 @@ are normalised by themselves (the last may be smaller); with ``size >= N`` there
 
 ``moments(x, eps, size, mask) -> (mean, var, std)``
     biased, in float32 (float64 for float64 x); ``std = sqrt(var + eps)``.
-``affine(x, moments, eps, scale, shift, weight, bias, size, residual, activation) -> y``
+``affine(x, moments, eps, scale, shift, weight, bias, size, residual, activation, shared) -> y``
     ``y = activation(weight * ((x - mean) / std * scale + shift) + bias + residual)``, differentiable in x (through
     mean and std as well, as in batch norm), weight and bias, ``(C,)``, and residual, like x. Scale and shift, shaped
-    like the statistics, are constants. The activation is "relu" or None.
+    like the statistics, are constants. The activation is "relu" or None. With `shared`
+    the moments are those of a whole minibatch of which x is one replica's share, and so is their part of the gradient.
 """
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
+from ..replicas import Replicas, add_up
+
 Moments = tuple[Tensor, Tensor, Tensor]
+
+
+class Shared(NamedTuple):
+    """Who shares the moments."""
+
+    replicas: Replicas
+    total: Tensor  # 0-d float64, all their values per channel
+
+    def coefficients(self, sum_dy: Tensor, sum_dy_x_hat: Tensor, a: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """b and c of the gradient ``a * dy + (x - mean) * b + c`` from this replica's sums; a is weight * scale / std.
+
+        By way of d loss / d mean and d loss / d var, as `replicas.merge` has it: another replica may run another
+        backend.
+        """
+        mean_grad, var_grad = -a * sum_dy, -a * sum_dy_x_hat / (2 * std)
+        mean_grad, var_grad = (
+            (add_up(torch.cat([mean_grad, var_grad]), self.replicas) / self.total).to(a.dtype).chunk(2)
+        )
+        return 2 * var_grad, mean_grad

@@ -5,14 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import Moments
+from ..replicas import merge
+from . import Moments, Shared
 
 
 def moments(x: Tensor, eps: float, size: int, mask: Tensor | None = None) -> Moments:
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if mask is not None:
         mask = mask.unsqueeze(1).expand_as(x)
-    if size >= x.shape[0]:
+    if x.numel() == 0:  # no values; but a node in autograd's graph, since other replicas may wait in its backward
+        mean, var = (x.sum([0, *range(2, x.ndim)]) for _ in range(2))
+    elif size >= x.shape[0]:
         mean, var = _mean_var(x, mask, [0, *range(2, x.ndim)])
     elif x.shape[0] % size == 0:
         mean, var = _mean_var(*_grouped(size, x, mask), [1, *range(3, x.ndim + 1)])
@@ -37,6 +40,7 @@ def affine(
     size: int,
     residual: Tensor | None = None,
     activation: str | None = None,
+    shared: Shared | None = None,  # autograd goes through the moments by itself
 ) -> Tensor:
     mean, _, std = moments
     scale = scale / std
@@ -65,18 +69,23 @@ def gradients(
     size: int,
     output: Tensor | None,
     relu: bool,
+    shared: Shared | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Those of `affine` of x, weight, bias and residual, where needed, and differentiable again, as a node is not.
 
     Args:
         output: of the ReLU, where a residual was added before it.
     """
-    y = affine(x, moments(x, eps, size), eps, scale, shift, weight, bias, size)
+    found = moments(x, eps, size)
+    if shared is not None:
+        mean, var, *_ = merge(*found[:2], x.numel() // x.shape[1], True, shared.replicas)
+        found = mean, var, (var + eps).sqrt()
+    y = affine(x, found, eps, scale, shift, weight, bias, size)
     if relu:
         grad = torch.where((y if output is None else output) <= 0, 0, grad)
     wanted = [v for v, need in zip((x, weight, bias), needs) if need and v is not None]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True) if wanted else ())
-    return *(next(found) if need else None for need in needs[:3]), grad if needs[3] else None
+    gradients = iter(torch.autograd.grad(y, wanted, grad, create_graph=True) if wanted else ())
+    return *(next(gradients) if need else None for need in needs[:3]), grad if needs[3] else None
 
 
 def _mean_var(x: Tensor, mask: Tensor | None, dims: list[int]) -> tuple[Tensor, Tensor]:

@@ -305,12 +305,12 @@ static inline void store_f16(uint16_t *p, f32x8 v)
 
 static const struct type {
     int64_t size; /* of A */
-    int (*moments)(struct pass *), (*affine)(struct pass *), (*backward)(struct pass *);
+    int (*moments)(struct pass *), (*affine)(struct pass *), (*backward)(struct pass *), (*gradient)(struct pass *);
 } TYPES[] = {
-    {sizeof(float), moments_f32, affine_f32, backward_f32},
-    {sizeof(float), moments_bf16, affine_bf16, backward_bf16},
-    {sizeof(float), moments_f16, affine_f16, backward_f16},
-    {sizeof(double), moments_f64, affine_f64, backward_f64},
+    {sizeof(float), moments_f32, affine_f32, backward_f32, gradient_f32},
+    {sizeof(float), moments_bf16, affine_bf16, backward_bf16, gradient_bf16},
+    {sizeof(float), moments_f16, affine_f16, backward_f16, gradient_f16},
+    {sizeof(double), moments_f64, affine_f64, backward_f64, gradient_f64},
 };
 
 /* How much the caller hands over: by this a library that is older than its native.py gives itself away. */
@@ -357,4 +357,13 @@ int brn_backward(const void *packed)
 {
     struct pass pass = unpack(packed);
     return TYPES[pass.type].backward(&pass);
+}
+
+/* The second half of it, for callers who have the sums of more than this x: out = dy * a + ((x - mean) * b + c), with a and
+ * b where scale and shift are in the forward, and c in place of bias. */
+int brn_gradient(const void *packed)
+{
+    struct pass pass = unpack(packed);
+    pass.a = pass.scale, pass.b = pass.shift, pass.c = (void *)pass.bias;
+    return TYPES[pass.type].gradient(&pass);
 }

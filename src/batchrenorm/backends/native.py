@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..library import LIBRARY, PARALLEL, PASS
-from . import Moments, decomposed
+from . import Moments, Shared, decomposed
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # TYPES in native.c
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -52,9 +52,10 @@ def affine(
     size: int,
     residual: Tensor | None = None,
     activation: str | None = None,
+    shared: Shared | None = None,
 ) -> Tensor:
     statistics = torch.stack([*moments, scale, shift]).view(-1, x.shape[1])
-    return forward(x, weight, bias, residual, activation, statistics, eps, size)
+    return forward(x, weight, bias, residual, activation, statistics, eps, size, shared=shared)
 
 
 def vectors(x: Tensor, size: int, more: int = 0) -> Tensor:
@@ -74,12 +75,13 @@ def forward(
     eps: float,
     size: int,
     between: tuple[int, bytes] | None = None,
+    shared: Shared | None = None,
 ) -> Tensor:
     """`affine`; or with `between`, address and argument of a C function that makes scale and shift, both passes.
 
     `statistics` begins with mean, var, std, scale and shift, as `vectors` gives it.
     """
-    return _apply(x, weight, bias, residual, (statistics, eps, size, activation is not None, between))
+    return _apply(x, weight, bias, residual, (statistics, eps, size, activation is not None, between, shared))
 
 
 class _Affine(torch.autograd.Function):
@@ -92,7 +94,7 @@ class _Affine(torch.autograd.Function):
         residual: Tensor | None,
         constants: tuple[Any, ...],
     ) -> Tensor:
-        statistics, eps, size, relu, between = constants
+        statistics, eps, size, relu, between, shared = constants
         given, x = x, _in_order(x)
         y = torch.empty_like(x)
         w, b = _vector(weight, statistics), _vector(bias, statistics)
@@ -101,18 +103,19 @@ class _Affine(torch.autograd.Function):
         # With a residual the ReLU's mask cannot be had from x; the output is kept by whatever takes it anyway.
         ctx.save_for_backward(given, weight, bias, y if relu and residual is not None else None)
         # Vectors that nobody else writes or differentiates; as attributes they cost no packing and unpacking.
-        ctx.constants = statistics, eps, size, relu
+        ctx.constants = statistics, eps, size, relu, shared
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, y = ctx.saved_tensors
-        statistics, eps, size, relu = ctx.constants
+        statistics, eps, size, relu, shared = ctx.constants
         need_x, need_weight, need_bias, need_residual, _ = needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # under create_graph: this gradient may be differentiated again
             groups = -(-x.shape[0] // size)
             scale, shift = (v if groups > 1 else v[0] for v in statistics[: 5 * groups].chunk(5)[3:])
-            return *decomposed.gradients(needs, grad, x, eps, scale, shift, weight, bias, size, y, relu), None
+            vectors = scale, shift, weight, bias
+            return *decomposed.gradients(needs, grad, x, eps, *vectors, size, y, relu, shared), None
         x = _in_order(x)
         grad = _as_laid_out(grad, x)
         gx = torch.empty_like(x) if need_x else None
@@ -121,12 +124,48 @@ class _Affine(torch.autograd.Function):
         gr = torch.empty_like(x) if need_residual and relu else grad if need_residual else None
         w, b = _vector(weight, statistics), _vector(bias, statistics)
         through = gr if relu else None
-        _run("brn_backward", x, statistics, eps, size, grad, gx, w, b, gw, gb, y=y, residual_grad=through, relu=relu)
+        if shared is None:
+            _run(
+                "brn_backward", x, statistics, eps, size, grad, gx, w, b, gw, gb, y=y, residual_grad=through, relu=relu
+            )
+        else:
+            if relu:
+                through = torch.empty_like(x) if through is None else through
+                _run("brn_backward", x, statistics, eps, size, grad, None, w, b, y=y, residual_grad=through, relu=relu)
+                grad = through
+            _shared_gradients(shared, x, statistics, eps, size, grad, gx, w, gw, gb)
         if gw is not None and gw.dtype != weight.dtype:
             gw = gw.to(weight.dtype)
         if gb is not None and gb.dtype != bias.dtype:
             gb = gb.to(bias.dtype)
         return gx, gw, gb, gr, None
+
+
+def _shared_gradients(
+    shared: Shared,
+    x: Tensor,
+    statistics: Tensor,
+    eps: float,
+    size: int,
+    grad: Tensor,
+    out: Tensor | None,
+    weight: Tensor | None,
+    weight_grad: Tensor | None,
+    bias_grad: Tensor | None,
+) -> None:
+    """The two halves of a backward, and between them the sum over the replicas."""
+    mean, var, std, scale, shift = statistics
+    sum_dy, sum_dy_x_hat = torch.empty_like(mean), torch.empty_like(mean)
+    plain = torch.stack([mean, var, std, torch.ones_like(mean), torch.zeros_like(mean)])
+    _run("brn_backward", x, plain, eps, size, grad, None, weight, None, sum_dy_x_hat, sum_dy)
+    if weight_grad is not None:
+        torch.addcmul(sum_dy_x_hat * scale, sum_dy, shift, out=weight_grad)
+    if bias_grad is not None:
+        bias_grad.copy_(sum_dy)
+    if out is not None:
+        a = scale / std if weight is None else weight * scale / std
+        b, c = shared.coefficients(sum_dy, sum_dy_x_hat, a, std)
+        _run("brn_gradient", x, torch.stack([mean, var, std, a, b]), eps, size, grad, out, bias=c)
 
 
 # Past `Function.apply`, which looks for transforms of torch.func; with these at work this backend is not chosen.

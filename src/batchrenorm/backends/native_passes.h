@@ -752,3 +752,9 @@ static int NAME(backward)(struct pass *pass)
     free(memory);
     return 0;
 }
+
+static int NAME(gradient)(struct pass *pass)
+{
+    every_unit(pass, NAME(gradient_of_unit), 0);
+    return 0;
+}

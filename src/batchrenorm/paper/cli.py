@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 2 where the command cannot be done, 130 after Ctrl-C.
     """
-    parser = argparse.ArgumentParser(prog="batchrenorm", description="Batch Renormalization: the paper's experiments.")
+    parser = argparse.ArgumentParser(
+        prog="batchrenorm", description="Batch Renormalization: the paper's experiments, and its cost."
+    )
     parser.add_argument("--version", action="version", version=f"batchrenorm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_reproduce(commands)
@@ -50,12 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.add_argument(
         "--into", type=Path, metavar="FILE", help="put that table between the lines <!-- PRESET:begin/end --> of a file"
     )
+    _add_bench(commands)
     options = parser.parse_args(arguments)
     try:
-        if options.command == "reproduce":
-            _reproduce(options)
-        else:
-            _report(options)
+        {"reproduce": _reproduce, "report": _report, "bench": _bench}[options.command](options)
     except KeyboardInterrupt:
         return 130
     except BrokenProcessPool:
@@ -316,6 +316,87 @@ def _report(options: argparse.Namespace) -> None:
     page = options.output or options.runs[0] / "report.html"
     for (preset, _), summary in zip(parts, _write(parts, single, page)):
         _print(summary, preset, console, page)
+
+
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="what Batch Renormalization costs on your shapes or model, on this machine",
+        description="Times Batch Renormalization against batch norm, interleaved, on this machine.",
+        epilog="e.g. batchrenorm bench --shape 32,64,56,56 256,512 --dtype bf16\n"
+        "     batchrenorm bench --model torchvision:resnet50 --input 8,3,224,224",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--shape", nargs="+", metavar="N,C,...", help="of inputs of one layer")
+    add("--model", metavar="PACKAGE:NAME", help="torchvision:resnet50, or a function of yours that makes a module")
+    add("--input", metavar="N,...", help="shape of the model's minibatch")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of a layer's x; of a model by autocast")
+    add("--layout", choices=("contiguous", "channels_last"), default="contiguous")
+    add("--relu", action="store_true", help="a layer that is followed by a ReLU")
+    add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    add("--threads", type=int, metavar="N", help="of the CPU (default: torch's)")
+    add("--seconds", type=float, default=2.0, help="for each line (default: 2); a model takes five times as long")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    if find_spec("rich") is None:
+        raise _Refused("expected the package rich for tables, got none; run: pip install 'batchrenorm[paper]'")
+    if (options.shape is None) == (options.model is None):
+        raise _Refused("expected --shape or --model, one of them; for example: batchrenorm bench --shape 32,64,56,56")
+    if (options.model is None) != (options.input is None):
+        raise _Refused("expected --model and --input together, as in --model torchvision:resnet50 --input 8,3,224,224")
+    if options.model is not None and options.relu:
+        raise _Refused("expected --relu with --shape, got it with --model; a model has its own")
+    if options.threads is not None and options.threads < 1:
+        raise _Refused(f"expected --threads >= 1, got {options.threads}; leave it out for torch's own number")
+    if not options.seconds > 0:
+        raise _Refused(f"expected --seconds > 0, got {options.seconds}")
+    import torch
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from .. import bench
+
+    shapes = [_shape(text) for text in options.shape or [options.input]]
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise _Refused(f"expected a GPU for --device {device}, got none that torch can use; leave the option out")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    dtype, last, seconds = bench.DTYPES[options.dtype], options.layout == "channels_last", options.seconds
+    if options.model is not None:
+        # Of the current directory too, as with python -m.
+        sys.path.insert(0, "")
+        net = bench.load(options.model)
+        lines = [bench.model(net, shapes[0], dtype, device, last, 5 * seconds, options.model)]
+    else:
+        lines = [line for shape in shapes for line in bench.layers(shape, dtype, device, last, options.relu, seconds)]
+    where = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{torch.get_num_threads()} threads"
+    title = f"{options.dtype}, {options.layout}, {device} ({where}), torch {torch.__version__}"
+    table = Table(title=title, box=box.SIMPLE)
+    for heading in ("", "", "bn, ms", "bn again", "batchrenorm"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for line in lines:
+        cells = (f"{t.ratio:.2f} ({t.quartiles[0]:.2f}–{t.quartiles[1]:.2f})" for t in line[3:])
+        table.add_row(line.what, line.run, f"{line.norm.ms:.3g}", *cells)
+    # Narrower, as where no terminal says its width, rich would cut the figures.
+    console = Console(soft_wrap=True, width=max(Console().width, 110))
+    console.print(table)
+    noise = max(abs(line.again.ratio - 1) for line in lines)
+    console.print(
+        "Times relative to batch norm's: median (quartiles) of interleaved rounds. The same code twice differs by up "
+        f"to {noise:.0%}; a smaller difference says nothing.",
+        highlight=False,
+    )
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        raise _Refused(f"expected a shape as 32,64,56,56, got {text!r}") from None
 
 
 def _paste(text: str, file: Path, name: str) -> None:

@@ -19,8 +19,8 @@ from .summary import curves, is_final, key
 
 Run = tuple[Preset, dict[str, Any], list[dict[str, Any]]]
 
-# Colours that stand for the page's own, so that a figure follows light and dark.
-_TEXT, _GRID = "#010203", "#040506"
+TEXT, GRID = "#010203", "#040506"
+"""Colours that stand for the page's own, so that a figure follows light and dark."""
 # Of regimes of one normaliser: not the presets' colours, which stand for normalisers.
 _REGIME_COLORS = ("#1a9a9a", "#c2528b", "#9a8420", "#6b6fd6", "#8a8a8a")
 # Where a heat strip is full: the paper calls what it clips "a small fraction".
@@ -103,9 +103,7 @@ def page(runs: Sequence[Run]) -> str:
 
 def _section(preset: Preset, summary: dict[str, Any], records: list[dict[str, Any]]) -> str:
     others = [
-        _single(preset, figure, _curves(figure.curves, records), "% right")
-        for figure in preset.figures
-        if figure.paper not in published.FIGURES
+        learning_curves(preset, figure, records) for figure in preset.figures if figure.paper not in published.FIGURES
     ]
     parts = (
         ("Results", _results(preset, summary)),
@@ -113,7 +111,7 @@ def _section(preset: Preset, summary: dict[str, Any], records: list[dict[str, An
         ("The paper’s figures and ours", _pairs(preset, summary, records)),
         ("Other learning curves", _grid(others)),
         ("Steps to BN’s final accuracy", _steps_to(preset, summary)),
-        ("What r and d do", _grid(_corrections(preset, records)) + _clipped(summary)),
+        ("What r and d do", _grid(corrections(preset, records)) + _clipped(summary)),
         ("Training against inference", _gaps(summary)),
         ("What a step costs", _costs(summary)),
         ("To keep in mind", _list(preset.caveats)),
@@ -320,7 +318,13 @@ def _curves(lines: Iterable[Curve], records: list[dict[str, Any]]) -> list[_Line
     return [line for line in drawn if line.points]
 
 
-def _corrections(preset: Preset, records: list[dict[str, Any]]) -> list[str]:
+def learning_curves(preset: Preset, figure: Figure, records: list[dict[str, Any]]) -> str:
+    """A figure of a preset as HTML, or "" where the results have none of its curves."""
+    return _single(preset, figure, _curves(figure.curves, records), "% right")
+
+
+def corrections(preset: Preset, records: list[dict[str, Any]]) -> list[str]:
+    """Figures of how much r and d correct, and of how often they are clipped, in the course of training."""
     drawn = []
     for name, title, unit, scale, caption in _LOOKS:
         colors = iter(_REGIME_COLORS)
@@ -417,17 +421,15 @@ def _swatch(line: _Line) -> str:
 def _draw(name: str, lines: list[_Line], unit: str, steps: str, opens: float | None = None) -> str:
     with matplotlib.rc_context(
         {
-            "svg.hashsalt": name,  # the same results give the same page
-            "svg.fonttype": "none",  # text stays text, in the page's letters
             "font.size": 10,
-            "axes.edgecolor": _GRID,
-            "text.color": _TEXT,
+            "axes.edgecolor": GRID,
+            "text.color": TEXT,
         }
     ):
         canvas = Canvas(figsize=(4.8, 3.0), layout="constrained")
         axes = canvas.add_subplot()
         if opens is not None:
-            axes.axvline(opens, color=_TEXT, linewidth=0.8, linestyle=":", alpha=0.6)
+            axes.axvline(opens, color=TEXT, linewidth=0.8, linestyle=":", alpha=0.6)
         for line in lines:
             at = sorted(line.points)
             means = [statistics.fmean(line.points[step]) for step in at]
@@ -439,13 +441,13 @@ def _draw(name: str, lines: list[_Line], unit: str, steps: str, opens: float | N
                 axes.fill_between(at, low, high, color=line.color, alpha=0.18, linewidth=0)
             for x, y in line.marks:
                 axes.plot(x, y, "o", markersize=5, markerfacecolor="none", color=line.color, clip_on=False)
-        axes.set_xlabel(steps, color=_TEXT)
-        axes.set_ylabel(unit, color=_TEXT)
-        axes.tick_params(labelcolor=_TEXT, bottom=False, left=False)
+        axes.set_xlabel(steps, color=TEXT)
+        axes.set_ylabel(unit, color=TEXT)
+        axes.tick_params(labelcolor=TEXT, bottom=False, left=False)
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.grid(color=_GRID, linewidth=0.6)
+        axes.grid(color=GRID, linewidth=0.6)
         axes.set_axisbelow(True)
         if unit == "%":
             # A fraction that stays at 0 is a result, not a range of rounding errors.
@@ -455,7 +457,19 @@ def _draw(name: str, lines: list[_Line], unit: str, steps: str, opens: float | N
             # A little room below 0, or a curve that lies there could not be seen.
             axes.set_ylim(max(-2.0, axes.get_ylim()[0]), min(101.0, axes.get_ylim()[1]))
         axes.spines[["top", "right", "left"]].set_visible(False)
-        file = io.StringIO()
+    return inline(canvas, name)
+
+
+def inline(canvas: Canvas, name: str) -> str:
+    """A figure of matplotlib as SVG for the middle of a page: its letters, its colours for TEXT and GRID.
+
+    Args:
+        canvas: the figure.
+        name: what it shows, for who cannot see it; other figures of the page have other names.
+    """
+    file = io.StringIO()
+    # The same results give the same page; text stays text.
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         canvas.savefig(
             file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
         )
@@ -470,7 +484,7 @@ def _draw(name: str, lines: list[_Line], unit: str, steps: str, opens: float | N
     svg = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", svg)
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
     svg = re.sub(r"\s*\n\s*", "\n", svg)
-    return svg.replace(_TEXT, "currentColor").replace(_GRID, "var(--line)")
+    return svg.replace(TEXT, "currentColor").replace(GRID, "var(--line)")
 
 
 # Small pieces

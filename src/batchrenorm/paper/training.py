@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..distributed import sync_running_stats
 from ..modules import set_step
 from ..schedule import ClipSchedule
 from . import checkpoints, evaluation, models, normalizers
@@ -385,13 +386,16 @@ def _schedule(preset: Preset, optimizer: torch.optim.Optimizer, steps: int) -> t
 @torch.no_grad()
 def _share_averages(model: nn.Module) -> None:
     """The mean of mu and of sigma over all processes: the paper's workers have one set of averages."""
-    averages = normalizers.get_averages(model)
-    if not averages:
-        return
-    flat = torch.cat(averages)
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    normalizers.set_averages(model, list(flat.split([len(average) for average in averages])))
+    sync_running_stats(model)
+    # The ablation's own layer, which is none of the package's.
+    buffers = [b for m in model.modules() if isinstance(m, normalizers.MovingAverageNorm) for b in m.buffers()]
+    averages = [b for b in buffers if b.is_floating_point()]
+    if averages:
+        flat = torch.cat(averages).double()
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for average, shared in zip(averages, flat.split([len(average) for average in averages])):
+            average.copy_(shared)
 
 
 def _every_nth(n: int, items: int) -> range:

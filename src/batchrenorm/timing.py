@@ -11,7 +11,50 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
+
 Call = Callable[[], object]
+Clock = Callable[[Call, int], float]
+"""Seconds of one call, from that many of them one after the other."""
+
+
+def wall(device: str) -> Clock:
+    """The caller's clock, read when the device has nothing left to do."""
+    wait: Call = (lambda: None) if torch.device(device).type == "cpu" else torch.accelerator.synchronize
+
+    def seconds(call: Call, repeats: int) -> float:
+        wait()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        wait()
+        return (time.perf_counter() - start) / repeats
+
+    return seconds
+
+
+def events(call: Call, repeats: int) -> float:
+    """The GPU's own clock, from before the first call's first kernel to the end of the last call's last."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
+
+
+def enqueue(call: Call, repeats: int) -> float:
+    """Seconds of the host alone. The GPU's queue holds about a thousand launches; beyond them the host would wait."""
+    repeats = min(repeats, 20)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    taken = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return taken / repeats
 
 
 class Times(NamedTuple):
@@ -22,7 +65,7 @@ class Times(NamedTuple):
 
 
 def time_rounds(
-    calls: dict[str, Call], base: str, seconds: float, wait: Call = lambda: None, sample: float = 2e-3
+    calls: dict[str, Call], base: str, seconds: float, clock: Clock, sample: float = 2e-3
 ) -> dict[str, list[float | None]]:
     """Seconds per call: every implementation once in every round, in a new random order.
 
@@ -31,7 +74,7 @@ def time_rounds(
         base: one of them; it takes part in every round. One that takes much longer takes part in fewer (None
             elsewhere), so that the budget is not spent on it.
         seconds: the budget.
-        wait: for the device, before the clock is read.
+        clock: `wall`, `events` or `enqueue`.
         sample: calls that are shorter than this are repeated within a round.
 
     Returns:
@@ -42,7 +85,7 @@ def time_rounds(
     costs = {}
     with _quiet():
         for name, call in calls.items():
-            cost = min(_seconds(call, 1, wait) for _ in range(3))
+            cost = min(clock(call, 1) for _ in range(3))
             repeats[name] = max(1, math.ceil(sample / cost))
             costs[name] = cost * repeats[name]
         every = {name: max(1, int(costs[name] / (4 * costs[base]))) for name in calls}
@@ -51,7 +94,7 @@ def time_rounds(
         for number in range(1000):
             names = [name for name in calls if number % every[name] == 0]
             order.shuffle(names)
-            taken = {name: _seconds(calls[name], repeats[name], wait) for name in names}
+            taken = {name: clock(calls[name], repeats[name]) for name in names}
             for name in calls:
                 times[name].append(taken.get(name))
             # Cycles of this round only: a whole collection would walk all of torch and Keras.
@@ -60,15 +103,6 @@ def time_rounds(
             if time.perf_counter() > end and number >= 4 and fewest >= 3:
                 break
     return times
-
-
-def _seconds(call: Call, repeats: int, wait: Call) -> float:
-    wait()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    wait()
-    return (time.perf_counter() - start) / repeats
 
 
 @contextmanager
