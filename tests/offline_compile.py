@@ -43,7 +43,7 @@ def compiled(name: str, dtype: str, p: passes._Passes, absent: set[str] = ABSENT
             signature[argument] = f"*{dtype if argument in ('x', 'y', 'dx', 'dy', 'residual', 'masked') else kind}"
             aligned[(i,)] = [["tt.divisibility", 16]]  # as the JIT finds it in any tensor of torch
     source = ASTSource(function, signature, constants, aligned)
-    warps = 8 if p.BLOCK_M * p.BLOCK_C > passes.TILE else 4
+    warps = passes.warps(name, p.BLOCK_M * p.BLOCK_C)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
 
 
@@ -80,7 +80,7 @@ def main() -> None:
             whole = 8 if label == "planes of 196" and dtype == "bf16" else 16
             print(f"{name:16} {dtype} {label:13} tile {p.BLOCK_M} x {p.BLOCK_C}: {registers} registers, stack {stack}, "
                   f"loads of {whole} bytes: {loads.count(whole)}, stores: {stores.count(whole)}")  # fmt: skip
-            elements = p.BLOCK_M * p.BLOCK_C // (32 * (8 if p.BLOCK_M * p.BLOCK_C > passes.TILE else 4))
+            elements = p.BLOCK_M * p.BLOCK_C // (32 * passes.warps(name, p.BLOCK_M * p.BLOCK_C))
             tensors = 1 if name in ("statistics", "affine", "forward_in_one") else 2
             wanted = tensors * elements * (2 if dtype == "bf16" else 4) // whole
             if stack or loads.count(whole) < wanted:

@@ -39,7 +39,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 # Tuned by what the compiler for sm_90 says (tests/test_triton.py), not yet by a clock.
 TILE = 4096
-"""Elements of a tile: 32 for each thread of 4 warps, which is 4 loads of 16 bytes in bfloat16 and no spilled register."""
+"""Elements of a tile: 32 for each thread of 4 warps, which is 4 loads of 16 bytes in bfloat16, or 16 of 8 warps."""
 CHANNELS = 64
 """Channels of a tile of rows: in bfloat16 a line of 128 bytes."""
 SLAB = 8192
@@ -287,7 +287,12 @@ class _Passes(NamedTuple):
 
     def launch(self, name: str, *arguments: Any) -> None:
         grid = (self.blocks() * self.splits * self.groups,)
-        getattr(_kernels(), name)[grid](*arguments, *self, num_warps=8 if self.BLOCK_M * self.BLOCK_C > TILE else 4)
+        getattr(_kernels(), name)[grid](*arguments, *self, num_warps=warps(name, self.BLOCK_M * self.BLOCK_C))
+
+
+def warps(name: str, elements: int) -> int:
+    """Of a program. With two sums for every element of the tile 4 warps would need 249 registers a thread, or spill."""
+    return 8 if elements > TILE or name in ("statistics", "sums") else 4
 
 
 @functools.lru_cache(maxsize=1024)
