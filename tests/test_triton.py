@@ -14,7 +14,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from test_exact import EPS, LAYOUTS, SCHEDULE, SHAPES, STEPS, Averages, array, has_layout, minibatch, parameters
+from test_exact import EPS, LAYOUTS, SCHEDULE, STEPS, Averages, array, has_layout, minibatch, parameters
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -31,14 +31,14 @@ OPEN = 6
 EPILOGUES = [(None, False), ("relu", False), (None, True), ("relu", True)]
 
 
-@pytest.fixture(params=["slab", "one tile for each split", "several tiles for each split"])
+@pytest.fixture(params=["slab", "splits"])
 def division(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How the work is divided: small shapes go through what large ones need."""
     if request.param != "slab":
         monkeypatch.setattr(passes, "SLAB", 0)
-        monkeypatch.setattr(passes, "TILE", 64)
+        monkeypatch.setattr(passes, "TILE", 128)
         monkeypatch.setattr(passes, "CHANNELS", 16)
-        monkeypatch.setattr(passes, "PROGRAMS", 500 if "one" in request.param else 6)
+        monkeypatch.setattr(passes, "PROGRAMS", 12)
     return request.param
 
 
@@ -126,33 +126,35 @@ def rows_or_planes(shape: tuple[int, ...]) -> list[str]:
     return [layout for layout in ("contiguous", "channels_last") if has_layout(layout, shape)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES.values(), (3, 3, 7, 7), (5, 33)], ids=str)
-def test_against_the_oracle(shape: tuple[int, ...], dtype: torch.dtype, division: str) -> None:
-    """Every layout, groups with a ragged last, every epilogue, with and without weight, fused and in steps."""
-    ways = itertools.cycle(itertools.product((True, False), EPILOGUES, (False, True)))
-    for offset in range(2):
-        for layout in rows_or_planes(shape):
-            values = np.prod(shape[2:])
-            for size in {None, 3 if shape[0] % 3 != 1 or values > 1 else 4, 1 if values > 1 else 2}:
-                last = shape[0] % (size or shape[0]) or (size or shape[0])
-                if last * values < (4 if offset else 2):
-                    continue  # of two or three values some lie so near to each other that float32 cannot tell dx
-                affine, (activation, add), in_steps = next(ways)
-                x, dy = minibatch(shape, OPEN + 10 * offset, dtype)
-                residual = LAYOUTS[layout](torch.randn(shape).to(dtype)) if add else None
-                verify(
-                    LAYOUTS[layout](x), LAYOUTS[layout](dy), Averages(shape[1], torch.float32), affine=affine,
-                    activation=activation, residual=residual, microbatch_size=size, in_steps=in_steps,
-                )  # fmt: skip
+SMALL = ((10, 5), (7, 1), (5, 33), (3, 7, 5), (5, 3, 3, 7), (6, 5, 1, 1), (3, 3, 7, 7), (2, 16, 4, 4), (3, 5, 2, 3, 2))
 
 
-@pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
+@pytest.mark.parametrize("case", range(3 * len(SMALL)))
+def test_against_the_oracle(case: int, division: str) -> None:
+    """Layouts, dtypes, groups with a ragged last, epilogues, with weight and without, fused and in steps: in turn.
+
+    The interpreter needs a tenth of a second for a launch, so not their product; the numbers of ways are such that
+    shapes and the two divisions meet all of a way's values.
+    """
+    shape, turn = SMALL[case % len(SMALL)], case + (division != "slab")
+    dtype = (torch.float32, torch.bfloat16, torch.float16)[case // len(SMALL)]
+    layouts = rows_or_planes(shape)
+    layout = layouts[turn % len(layouts)]
+    activation, add = EPILOGUES[turn % 4]
+    x, dy = minibatch(shape, OPEN, dtype)
+    residual = LAYOUTS[layout](torch.randn(shape).to(dtype)) if add else None
+    # Of two or three values some lie so near to each other that float32 cannot tell dx.
+    size = (shape[0] + 1) // 2 if turn // 2 % 2 and shape[0] // 2 * np.prod(shape[2:]) > 3 else None
+    verify(
+        LAYOUTS[layout](x), LAYOUTS[layout](dy), Averages(shape[1], torch.float32), affine=turn % 5 > 0,
+        activation=activation, residual=residual, microbatch_size=size, in_steps=turn % 3 == 0,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_x_and_of_the_others(layout: str, epilogue: tuple[str | None, bool], division: str) -> None:
-    activation, add = epilogue
+def test_layouts_of_x_and_of_the_others(layout: str) -> None:
     shape = (4, 6, 3, 7)
-    for mine, others in ((layout, "contiguous"), ("channels_last", layout)):
+    for mine, others, (activation, add) in ((layout, "contiguous", EPILOGUES[3]), ("channels_last", layout, EPILOGUES[2])):
         x, dy = minibatch(shape, OPEN, torch.float32)
         residual = LAYOUTS[others](torch.randn(shape)) if add and others != "expanded" else None
         dy = dy if others == "expanded" and activation else LAYOUTS[others](dy)
@@ -162,13 +164,11 @@ def test_layouts_of_x_and_of_the_others(layout: str, epilogue: tuple[str | None,
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("in_steps", [False, True])
-@pytest.mark.parametrize("size", [None, 2])
-def test_through_all_phases_of_the_schedule(size: int | None, in_steps: bool, division: str) -> None:
+def test_through_all_phases_of_the_schedule(division: str) -> None:
     averages = Averages(6, torch.float32)
     for t in range(STEPS):
-        x, dy = minibatch((5, 6, 3, 7), t, torch.float32)
-        verify(LAYOUTS["channels_last"](x), dy, averages, t, microbatch_size=size, in_steps=in_steps)
+        x, dy = minibatch((5, 6, 2, 4), t, torch.float32)
+        verify(LAYOUTS["channels_last"](x), dy, averages, t, microbatch_size=3)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_through_all_phases_of_the_schedule(size: int | None, in_steps: bool, di
 )
 def test_limits_are_the_schedules(clip: brn.ClipSchedule) -> None:
     """Seen in y: x is far from the averages, so r and d are at their limits."""
-    for t in (0, 1, 2, 3, 5_000, 5_001, 25_000, 40_000, 2**40):
+    for t in (0, 1, 3, 5_001, 2**40):
         expected, found = (Averages(3, torch.float32) for _ in range(2))
         r_max, d_max = clip(t)
         x = torch.randn(8, 3) * 50 + 900
@@ -194,7 +194,7 @@ def test_limits_are_the_schedules(clip: brn.ClipSchedule) -> None:
         torch.testing.assert_close(results["y"], y, rtol=1e-5, atol=1e-5 * y.abs().max().item())
 
 
-def test_cumulative_mean(division: str) -> None:
+def test_cumulative_mean() -> None:
     averages = Averages(4, torch.float32)
     xs = [torch.randn(6, 4, 5, 5) + k for k in range(3)]
     for t, x in enumerate(xs):
@@ -203,7 +203,7 @@ def test_cumulative_mean(division: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_large_offset(layout: str, division: str) -> None:
+def test_large_offset(layout: str) -> None:
     """Mean / std = 1e4: the exact sums of squares would need twice float32's digits."""
     x = LAYOUTS[layout](torch.randn(6, 5, 7, 9) + 1e4)
     mean, var, std = (v.cpu() for v in passes.moments(x.to(DEVICE), EPS, 6))
@@ -214,8 +214,7 @@ def test_large_offset(layout: str, division: str) -> None:
     torch.testing.assert_close(std, (var + EPS).sqrt(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("size", [None, 2])
+@pytest.mark.parametrize(("value", "size"), [(torch.nan, None), (-torch.inf, 2)])
 def test_a_channel_that_is_not_finite_moves_no_average(value: float, size: int | None, division: str) -> None:
     x, dy = minibatch((5, 6, 3, 7), OPEN, torch.float32)
     clean, dirty = Averages(6, torch.float32), Averages(6, torch.float32)
@@ -232,7 +231,7 @@ def test_a_channel_that_is_not_finite_moves_no_average(value: float, size: int |
         assert torch.equal(getattr(dirty, name).cpu()[others], getattr(clean, name).cpu()[others])
 
 
-def test_relu_passes_nan_and_stops_what_half_precision_rounds_to_zero(division: str) -> None:
+def test_relu_passes_nan_and_stops_what_half_precision_rounds_to_zero() -> None:
     x, dy = minibatch((4, 3, 5, 5), OPEN, torch.float16)
     bias = torch.tensor([0.0, 2.0**-26, 1.0])  # the middle one is 0 in float16
     found = run(x, dy, Averages(3, torch.float32), torch.zeros(3), bias, activation="relu")
@@ -243,10 +242,9 @@ def test_relu_passes_nan_and_stops_what_half_precision_rounds_to_zero(division: 
     assert run(x, dy, Averages(3, torch.float32), None, None, activation="relu")["y"][:, 0].isnan().all()
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("size", [None, 3])
-def test_every_run_gives_the_same_bits(layout: str, size: int | None, division: str) -> None:
-    x, dy = (LAYOUTS[layout](t) for t in minibatch((8, 20, 15, 17), OPEN, torch.bfloat16))
+def test_every_run_gives_the_same_bits(division: str) -> None:
+    layout, size = "channels_last", 3
+    x, dy = (LAYOUTS[layout](t) for t in minibatch((5, 20, 5, 6), OPEN, torch.bfloat16))
     weight, bias = parameters(20, torch.float32)
     seen = [
         run(x, dy, Averages(20, torch.float32), weight, bias, microbatch_size=size, activation="relu")
@@ -284,7 +282,7 @@ class _Scrambled:
 def test_no_bit_depends_on_which_program_arrives_last(
     size: int | None, division: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, dy = minibatch((7, 20, 5, 6), OPEN, torch.float32)
+    x, dy = minibatch((4, 20, 3, 5), OPEN, torch.float32)
     x, dy = LAYOUTS["channels_last"](x), LAYOUTS["channels_last"](dy)
     weight, bias = parameters(20, torch.float32)
 
@@ -295,12 +293,12 @@ def test_no_bit_depends_on_which_program_arrives_last(
     kernels = passes._kernels()
     for name in ("statistics", "affine", "sums", "gradient", "forward_in_one", "backward_in_one"):
         monkeypatch.setattr(kernels, name, _Scrambled(getattr(kernels, name)))
-    for _ in range(3):
+    for _ in range(2):
         found = result()
         assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-@pytest.mark.parametrize("needed", [n for k in (1, 2, 3) for n in itertools.combinations(range(4), k)], ids=str)
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 1), (1, 2)], ids=str)
 def test_gradients_of_some(needed: tuple[int, ...], division: str) -> None:
     x, dy = minibatch((5, 6, 3, 7), OPEN, torch.float32)
     tensors = [x, *parameters(6, torch.float32), torch.randn_like(x)]
@@ -329,7 +327,7 @@ def test_second_derivatives_are_plain_operators() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing(reentrant: bool, division: str) -> None:
+def test_checkpointing(reentrant: bool) -> None:
     """Two forwards pending; the recomputation gets the averages that its forward used, and moves nothing."""
     xs = [minibatch((6, 5, 3, 7), t, torch.float32)[0].to(DEVICE).requires_grad_() for t in range(2)]
     dys = [minibatch((6, 5, 3, 7), t, torch.float32)[1].to(DEVICE) for t in range(2)]
