@@ -69,8 +69,14 @@ def main() -> None:
     large = {"rows": (256, 256, 784, True), "planes": (256, 256, 784, False), "planes of 196": (256, 256, 196, False)}
     small = {"rows": (4, 256, 49, True), "planes": (4, 256, 784, False)}
     for dtype in ("bf16", "fp32"):
-        cases = [(name, label, shape) for name in ("statistics", "affine", "sums", "gradient") for label, shape in large.items()]
-        cases += [(name, label, shape) for name in ("forward_in_one", "backward_in_one") for label, shape in small.items()]
+        cases = [
+            (name, label, shape)
+            for name in ("statistics", "affine", "sums", "gradient")
+            for label, shape in large.items()
+        ]
+        cases += [
+            (name, label, shape) for name in ("forward_in_one", "backward_in_one") for label, shape in small.items()
+        ]
         for name, label, (N, C, S, rows) in cases:
             p = passes._divided(N, C, S, N, rows, passes.TILE, passes.CHANNELS, passes.PROGRAMS)
             p = p.slab() or p if "in_one" in name else p

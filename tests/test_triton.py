@@ -30,6 +30,13 @@ CLIP = brn.ClipSchedule(**SCHEDULE)  # type: ignore[arg-type]
 OPEN = 6
 EPILOGUES = [(None, False), ("relu", False), (None, True), ("relu", True)]
 
+# Half an epsilon, rounded to nearest; but Triton's interpreter cuts a float32 off where bfloat16 ends.
+ROUNDING = {
+    torch.float32: 0.0,
+    torch.float16: torch.finfo(torch.float16).eps / 2,
+    torch.bfloat16: torch.finfo(torch.bfloat16).eps / (1 if DEVICE == "cpu" else 2),
+}
+
 
 @pytest.fixture(params=["slab", "splits"])
 def division(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -115,8 +122,8 @@ def verify(
     for name, value in found.items():
         half = name in ("y", "dx") and dtype != torch.float32
         assert value.dtype == (dtype if half else torch.float32), name
-        # y and dx are rounded once to the dtype, by half an epsilon of themselves, so of their terms.
-        tolerance = oracle.RELATIVE["float32"] + (torch.finfo(dtype).eps / 2 if half else 0.0)
+        # y and dx are rounded once to the dtype, relative to themselves, so to their terms.
+        tolerance = oracle.RELATIVE["float32"] + (ROUNDING[dtype] if half else 0.0)
         worst = oracle.error(array(value), expected[name], scales[name]).max()
         assert worst <= tolerance, f"{name}: relative error {worst:.1e} at step {t}"
     averages.mu, averages.sigma = truth.mu, truth.sigma
@@ -154,7 +161,10 @@ def test_against_the_oracle(case: int, division: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_x_and_of_the_others(layout: str) -> None:
     shape = (4, 6, 3, 7)
-    for mine, others, (activation, add) in ((layout, "contiguous", EPILOGUES[3]), ("channels_last", layout, EPILOGUES[2])):
+    for mine, others, (activation, add) in (
+        (layout, "contiguous", EPILOGUES[3]),
+        ("channels_last", layout, EPILOGUES[2]),
+    ):
         x, dy = minibatch(shape, OPEN, torch.float32)
         residual = LAYOUTS[others](torch.randn(shape)) if add and others != "expanded" else None
         dy = dy if others == "expanded" and activation else LAYOUTS[others](dy)
@@ -385,9 +395,9 @@ def test_division_of_any_size() -> None:
         elements = min(size, N) * S
         assert p.C == C
         assert p.tiles * p.splits * p.BLOCK_M >= elements > p.tiles * (p.splits - 1) * p.BLOCK_M
-        assert p.WIDE == (elements * C + 4096 * C >= 2**31)
+        assert (elements * C + 4096 * C >= 2**31) == p.WIDE
         slab = p.slab()
-        assert slab is None or (slab.BLOCK_M >= elements and slab.BLOCK_M * slab.BLOCK_C <= passes.SLAB)
+        assert slab is None or (elements <= slab.BLOCK_M and slab.BLOCK_M * slab.BLOCK_C <= passes.SLAB)
     x = torch.randn(5, 3, 4, 4)
     for layout in ("contiguous", "channels_last"):
         given = LAYOUTS[layout](x).to(DEVICE)

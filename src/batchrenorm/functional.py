@@ -68,8 +68,8 @@ def batch_renorm(
         process_group: statistics over all replicas; not available yet.
         activation: "relu" for ``max(0, y)`` in the same pass over memory, or None.
         residual: like x, added to y before the activation, in the same pass.
-        backend: "native" (C, on the CPU), "triton" (kernels for NVIDIA GPUs), "aten" (torch's batch-norm kernels) or "decomposed" (plain operators); None
-            chooses.
+        backend: "native" (C, on the CPU), "triton" (kernels for NVIDIA GPUs), "aten" (torch's batch-norm
+            kernels) or "decomposed" (plain operators); None chooses.
 
     Returns:
         y, with the shape, dtype and memory format of x.

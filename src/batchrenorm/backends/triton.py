@@ -2,18 +2,18 @@
 
 The path of x, whose groups of `size` samples are normalised by themselves:
 
-    statistics   x -> mean, var, std (G, C) [-> r, d; the averages and the step move]     launch 1, reads x
-    affine       x -> y = act((x - mean) * a + b + residual)                              launch 2, reads x, writes y
-    sums         x, dy -> S1, S2 (G, C) -> gradients of weight and bias                   launch 3, reads x, dy
-    gradient     x, dy -> dx = a * (dy - S1 / n - (x - mean) * S2 / (n * std²))           launch 4, reads x, dy, writes dx
+    statistics   x -> mean, var, std (G, C) [-> r, d; the averages, the step move]    launch 1, reads x
+    affine       x -> y = act((x - mean) * a + b + residual)                          launch 2, reads x, writes y
+    sums         x, dy -> S1, S2 (G, C) -> gradients of weight and bias               launch 3, reads x, dy
+    gradient     x, dy -> dx = a * (dy - S1 / n - (x - mean) * S2 / (n * std²))       launch 4, reads x, dy, writes dx
 
 Grid: one program for each (block of channels, split, group), channels fastest, so that neighbours read neighbouring
 memory. A program walks the tiles of its split and leaves one partial result. The **last** of a group's splits to
 arrive, told by a counter, merges the partial results in the order of the splits: which program that is changes from run
 to run, what it computes does not, so results are the same bits every time. It writes mean, var, std, r and d. The last
 *group* to arrive for a block of channels moves these channels' averages (all groups have read them by then), and the
-last *block* moves the step. Every last arriver sets its counter back to 0, so a launch needs no other before it. Nothing
-here waits for another program, and nothing waits for the device.
+last *block* moves the step. Every last arriver sets its counter back to 0, so a launch needs no other before it.
+Nothing here waits for another program, and nothing waits for the device.
 
 Where a tile holds a whole group (small maps, microbatches), `forward_in_one` and `backward_in_one` do both passes from
 registers: one read, one write, one launch.

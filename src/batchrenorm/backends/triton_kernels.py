@@ -175,9 +175,8 @@ def _move(  # type: ignore[no-untyped-def]
         new_mean, new_var = moved(mean / groups, std / groups, mu, sigma, var, alpha, eps)
         tl.store(running_mean + c, new_mean, mask=there)
         tl.store(running_var + c, new_var, mask=there)
-        if step is not None:
-            if _last_of(counters + blocks, blocks):
-                tl.store(step, tl.load(step) + 1)
+        if step is not None and _last_of(counters + blocks, blocks):
+            tl.store(step, tl.load(step) + 1)
 
 
 @triton.jit(do_not_specialize=_STEPS)
@@ -303,7 +302,7 @@ def _parameters(  # type: ignore[no-untyped-def]
     totals, counters, vectors, dweight, dbias, block, groups, c, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     """Called once for every group: the last one sums over them."""
-    if dweight is not None or dbias is not None:
+    if dweight is not None or dbias is not None:  # noqa: SIM102, known to the compiler
         if _last_of(counters + groups * tl.cdiv(C, BLOCK_C) + block, groups):
             dw, db = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
             for first in range(0, groups, BLOCK_M):
