@@ -42,7 +42,7 @@ def _place(pid, N, C, S, size, splits, BLOCK_C: tl.constexpr, WIDE: tl.constexpr
 def _tile(tile, c, count, C, S, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Offsets in the group, and which of them exist."""
     if WIDE:
-        tile = tile.to(tl.int64)
+        tile = tl.full([], tile, tl.int64)
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     there = (m < count)[:, None] & (c < C)[None, :]
     if ROWS:
