@@ -32,6 +32,8 @@ facts() { "$python" scripts/gpu_facts.py --device "$device" ${toy:+--toy} >"$out
 tests() {
   # The suite's own GPU tests first; then those of the core, which run on the CPU of this machine with its torch.
   "$python" -m pytest -q -p no:cacheprovider tests/test_device.py --device "$device" || return
+  # The kernels on the device itself; without one they run in the interpreter, which the suite does anyway.
+  [[ $toy ]] || "$python" -m pytest -q -p no:cacheprovider tests/test_triton.py || return
   [[ $toy ]] || "$python" -m pytest -q -p no:cacheprovider -n 8 --dist worksteal tests -k "not paper and not faults"
 }
 

@@ -31,6 +31,12 @@ def main() -> None:
     ]
     facts["launch"] = launches(device)
     facts["compiled batch norm, relu"] = compiled(shape, device, options.toy)
+    facts["batch renorm with triton"] = [
+        renorm(shape, dtype, memory_format, backwards, device)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for memory_format in (torch.contiguous_format, torch.channels_last)
+        for backwards in (False, True)
+    ]
     facts["compile recomputes r, d from updated averages"] = compile_trap(device, options.toy)
     print(json.dumps(facts, indent=1))
 
@@ -97,6 +103,56 @@ def batch_norm(
     layout = "channels_last" if memory_format == torch.channels_last else "NCHW"
     head = {"dtype": str(dtype).removeprefix("torch."), "layout": layout, "cudnn": cudnn}
     return {**head, "forward ms": forward, "both ms": whole, **rates, "kernels": kernels}
+
+
+def renorm(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    backwards: bool,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The layer by Triton's kernels, the second passes from the end backwards or forwards."""
+    from batchrenorm import BatchRenorm2d
+    from batchrenorm.backends import triton
+
+    x = torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=memory_format).requires_grad_()
+    layout = "channels_last" if memory_format == torch.channels_last else "NCHW"
+    head = {"dtype": str(dtype).removeprefix("torch."), "layout": layout, "second pass reversed": backwards}
+    if device.type != "cuda" or triton.refusal(x) is not None:
+        return {**head, "refused": triton.refusal(x)}
+    cotangent = torch.randn_like(x)
+    layer = BatchRenorm2d(shape[1], device=device)
+
+    def both() -> None:
+        torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), cotangent)
+
+    before = triton.REVERSED
+    triton.REVERSED = backwards
+    try:
+        kernels = kernel_names(both, device)
+        forward, whole = milliseconds(lambda: layer(x), device), milliseconds(both, device)
+    finally:
+        triton.REVERSED = before
+    rates = {"forward GB/s (3B)": 3 * x.nbytes / forward / 1e6, "both GB/s (8B)": 8 * x.nbytes / whole / 1e6}
+    return {**head, "forward ms": forward, "both ms": whole, **rates, "kernels": kernels, **host_time(layer)}
+
+
+def host_time(layer: nn.Module) -> dict[str, float]:
+    """Microseconds of the host for a training forward of a layer on almost no data, beside batch norm's."""
+    found = {}
+    channels = layer.num_features
+    x = torch.randn(2, channels, 4, 4, device=next(layer.parameters()).device, requires_grad=True)
+    for label, module in (("renorm", layer), ("batch norm", nn.BatchNorm2d(channels, device=x.device))):
+        for _ in range(20):
+            module(x)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(300):
+            module(x)
+        found[f"host us of a small forward, {label}"] = (time.perf_counter() - began) / 300 * 1e6
+        torch.cuda.synchronize()
+    return found
 
 
 def kernel_names(run: Callable[[], Any], device: torch.device) -> list[str]:

@@ -35,6 +35,10 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 # `torch.device` as a context would not know the real ones.
 _device_constructors()
 
+# Where there is no GPU, Triton's kernels run in its interpreter; it has to know before it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # pytest-xdist has a process for each core.
 torch.set_num_threads(1)
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import batchrenorm as brn
 from batchrenorm import functional
+from batchrenorm.backends import triton
 from batchrenorm.library import LIBRARY
 
 
@@ -178,6 +179,8 @@ def test_the_backend_that_is_chosen(device: torch.device) -> None:
     expected = layer(x)
     for backend in functional.BACKENDS:
         layer.load_state_dict(state)
+        if backend == "triton" and triton.refusal(x) is not None:
+            continue
         if backend == "native" and (device.type != "cpu" or LIBRARY is None):
             continue  # it raises, which the tests of errors see
         y = brn.batch_renorm(

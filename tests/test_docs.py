@@ -15,12 +15,13 @@ import torch
 
 import batchrenorm as brn
 
-# The experiments have tests and dependencies of their own.
+# The experiments have tests and dependencies of their own; kernels have no examples.
+KERNELS = ("batchrenorm.backends.triton_kernels", "batchrenorm.correction_triton")
 MODULES = [
     importlib.import_module(info.name)
     for info in pkgutil.walk_packages(brn.__path__, "batchrenorm.")
     # native_*.so is a library and no module of Python's.
-    if not info.name.startswith(("batchrenorm.paper", "batchrenorm.native_"))
+    if not info.name.startswith(("batchrenorm.paper", "batchrenorm.native_", *KERNELS))
 ]
 
 

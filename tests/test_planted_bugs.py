@@ -6,6 +6,7 @@ moves on, the text is not found any more and this file says so.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -33,6 +34,7 @@ NATIVE = "test_native.py::"
 FUSED = "test_fused.py::"
 REPLICAS, SHARED = "test_replicas.py::", "test_distributed.py::"
 SHARDED = REPLICAS + "test_sharded_is_whole"
+TRITON = "test_triton.py::"
 SHAPES = EXACT + "test_shapes"
 
 BUGS = [
@@ -529,6 +531,41 @@ BUGS = [
         "drift = torch.full_like(outside[0], math.nan if gap.item() >= 0 else 0.0)",
         "test_monitor.py::test_no_look_at_a_number",
     ),
+    Bug(
+        "r and d from averages that the kernel has moved already",
+        "backends/triton_kernels.py",
+        "    if _last_of(counters + block, groups):\n        there = c < C",
+        "    if True:\n        there = c < C",
+        TRITON + "test_through_all_phases_of_the_schedule",
+    ),
+    Bug(
+        "the last split to arrive counts before itself alone",
+        "backends/triton_kernels.py",
+        "elements = tl.minimum(tl.maximum(count - s.to(tl.int64) * tiles * BLOCK_M, 0), tiles * BLOCK_M)",
+        "elements = tl.full([BLOCK_M], tiles * BLOCK_M, tl.int64)",
+        TRITON + "test_against_the_oracle",
+    ),
+    Bug(
+        "a poisoned average",
+        "correction_triton.py",
+        "return tl.where(finite, new_mean, mu), tl.where(finite, new_var, var)",
+        "return new_mean, new_var",
+        TRITON + "test_a_channel_that_is_not_finite_moves_no_average",
+    ),
+    Bug(
+        "a counter left standing",
+        "backends/triton_kernels.py",
+        "            tl.atomic_xchg(counter, 0)",
+        "            tl.atomic_xchg(counter, 1)",
+        TRITON + "test_every_run_gives_the_same_bits",
+    ),
+    Bug(
+        "the kernel's schedule one step early",
+        "correction_triton.py",
+        "part = (t - start).to",
+        "part = (t + 1 - start).to",
+        TRITON + "test_limits_are_the_schedules",
+    ),
 ]
 
 
@@ -545,6 +582,8 @@ def test_planted_bug_is_found(bug: Bug, tmp_path: Path) -> None:
         if LIBRARY is None:
             pytest.skip("no C compiler was there for the library")
         subprocess.run([sys.executable, ROOT / "hatch_build.py", planted.parents[bug.file.count("/")]], check=True)
+    if bug.test.startswith(TRITON) and importlib.util.find_spec("triton") is None:
+        pytest.skip("needs the extra: pip install 'batchrenorm[triton]'")
     run = subprocess.run(
         # The first failure is enough. Warnings are not the point here, and the plugin of xdist not wanted.
         [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", bug.test],

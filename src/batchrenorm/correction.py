@@ -22,7 +22,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointPolicy
 
-from .backends import aten, native
+from .backends import aten, native, triton
 from .library import CORRECT, LIBRARY, STEP
 
 PENDING_FORWARDS = 64
@@ -156,6 +156,39 @@ def suits_one_call(
         and not running_mean.requires_grad
         and not running_var.requires_grad
         and (step is None or step.dtype == torch.int64)
+    )
+
+
+def in_two_launches(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    size: int,
+    residual: Tensor | None,
+    activation: str | None,
+    averages: triton.Averages,
+) -> Tensor:
+    """The whole training step with `backends.triton`, `correction_triton.py` for `correct`; it leaves no history."""
+    y = triton.in_two_launches(x, weight, bias, eps, size, residual, activation, averages)
+    written = tuple(t for t in averages[:3] if t is not None)
+    torch.autograd.graph.increment_version(written)
+    return y
+
+
+def suits_two_launches(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    step: Tensor | None,
+    mask: Tensor | None,
+    x: Tensor,
+    *numbers: float | Tensor | None,
+) -> bool:
+    """Whether `in_two_launches` is for these, and nothing can ask for this forward again."""
+    return (
+        suits_one_call(running_mean, running_var, step, mask, x)
+        and not any(isinstance(v, Tensor) for v in numbers)
+        and not _may_be_repeated()
     )
 
 
@@ -346,7 +379,7 @@ def _ranks(entries: list[_Entry]) -> list[int]:
     return ranks
 
 
-_OWN_NODES = (aten.AffineBackward, native.AffineBackward)
+_OWN_NODES = (aten.AffineBackward, native.AffineBackward, triton.AffineBackward)
 
 # In units of sigma. Rounding to bfloat16 moves a value by 1e-3 of itself and the mean of 32 by 2e-4; two minibatches of
 # n values lie n**-0.5 apart in each of C channels, all of which would have to fall below this.

@@ -174,11 +174,9 @@ class keep_in_sync:
         self.model, self.group = model, group
         self.weight = 1.0
         self.handle: SyncHandle | None = None
-        # Here, and not as decorators: those import torch._dynamo, a second and 800 modules, with this package.
-        disable = torch.compiler.disable
         self.hooks = [
-            model.register_forward_pre_hook(disable(self._before), with_kwargs=True),
-            model.register_forward_hook(disable(self._after)),
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after),
             model.register_state_dict_pre_hook(self._read),
         ]
 

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import Moments, Shared, aten, decomposed, native
-from .correction import correct, in_one_call, is_plain_eager, suits_one_call
+from .backends import Moments, Shared, aten, decomposed, native, triton
+from .correction import correct, in_one_call, in_two_launches, is_plain_eager, suits_one_call, suits_two_launches
 from .replicas import Replicas, check_group, mean_of_groups, merge, replicas_of
-from .schedule import check_limits
+from .schedule import ClipSchedule, as_real, check_limits
 
-BACKENDS: dict[str, ModuleType] = {"aten": aten, "decomposed": decomposed, "native": native}
+BACKENDS: dict[str, ModuleType] = {"aten": aten, "decomposed": decomposed, "native": native, "triton": triton}
 
 
 def batch_renorm(
@@ -74,8 +74,8 @@ def batch_renorm(
             inference. Gradients of weight and bias are this replica's.
         activation: "relu" for ``max(0, y)`` in the same pass over memory, or None.
         residual: like x, added to y before the activation, in the same pass.
-        backend: "native" (C, on the CPU), "aten" (torch's batch-norm kernels) or "decomposed" (plain operators); None
-            chooses.
+        backend: "native" (C, on the CPU), "triton" (kernels for NVIDIA GPUs), "aten" (torch's batch-norm
+            kernels) or "decomposed" (plain operators); None chooses.
 
     Returns:
         y, with the shape, dtype and memory format of x.
@@ -124,7 +124,7 @@ def renormalize(
     bias: Tensor | None,
     *,
     training: bool,
-    alpha: float | Tensor,
+    alpha: float | Tensor | None,
     eps: float,
     r_max: float | Tensor,
     d_max: float | Tensor,
@@ -135,9 +135,15 @@ def renormalize(
     residual: Tensor | None = None,
     backend: str | None = None,
     layer: Tensor | None = None,
+    clip: ClipSchedule | None = None,
 ) -> Tensor:
-    """`batch_renorm` with the layer's counter of training forwards, and the tensor that names its history."""
-    check_settings(alpha, eps, r_max, d_max, microbatch_size, process_group, backend, activation)
+    """`batch_renorm` with the layer's counter of training forwards, and the tensor that names its history.
+
+    With `clip` the limits are this schedule's at `step`, and alpha may be None, the cumulative mean's: both then stay
+    unevaluated for a kernel that reads the step itself.
+    """
+    weight_of_new = 0.0 if alpha is None else alpha
+    check_settings(weight_of_new, eps, r_max, d_max, microbatch_size, process_group, backend, activation)
     replicas = replicas_of(process_group) if training and process_group is not None else None
     _check_tensors(x, running_mean, running_var, weight, bias, may_be_empty=replicas is not None)
     if mask is not None:
@@ -157,12 +163,24 @@ def renormalize(
     if running_mean is None and mask is None and size == N and backend is None and replicas is None:
         return _finished(F.batch_norm(x, None, None, weight, bias, True, 0.0, eps), residual, activation)
     plain = is_plain_eager(x)
-    passes = _choose(backend, plain, mask, x, weight, bias, residual, running_mean, running_var, step)
+    passes = choose(backend, plain, mask, together, x, weight, bias, residual, running_mean, running_var, step)
     if passes is native and replicas is None and suits_one_call(running_mean, running_var, step, mask, x):
         layer = running_mean if layer is None else layer
-        limits = float(alpha), eps, float(r_max), float(d_max)
+        numbers = float(alpha), eps, float(r_max), float(d_max)  # type: ignore[arg-type]
         tensors = x, running_mean, running_var, step, weight, bias
-        return in_one_call(*tensors, *limits, size, layer, residual, activation)  # type: ignore[arg-type]
+        return in_one_call(*tensors, *numbers, size, layer, residual, activation)  # type: ignore[arg-type]
+    if (
+        passes is triton
+        and replicas is None
+        and suits_two_launches(running_mean, running_var, step, mask, x, alpha, r_max, d_max)
+    ):
+        limits = ClipSchedule.constant(r_max, d_max) if clip is None else clip  # type: ignore[arg-type]
+        averages = triton.Averages(running_mean, running_var, step, alpha, limits)  # type: ignore[arg-type]
+        return in_two_launches(x, weight, bias, eps, size, residual, activation, averages)
+    if clip is not None and step is not None:
+        r_max, d_max = clip(step)
+    if alpha is None and step is not None:
+        alpha = 1.0 / (as_real(step) + 1)
     share = None
     if mask is not None:
         x = torch.where(mask.unsqueeze(1) | x.isfinite(), x, 0)
@@ -190,7 +208,7 @@ def renormalize(
         running_var,
         step,
         share,
-        alpha=alpha,
+        alpha=alpha,  # type: ignore[arg-type]
         eps=eps,
         r_max=r_max,
         d_max=d_max,
@@ -204,21 +222,31 @@ def renormalize(
     return y
 
 
-def _choose(backend: str | None, plain: bool, mask: Tensor | None, x: Tensor, *others: Tensor | None) -> ModuleType:
-    if backend is not None and backend != "native":
+def choose(
+    backend: str | None,
+    plain: bool,
+    mask: Tensor | None,
+    together: Replicas | None,
+    x: Tensor,
+    *others: Tensor | None,
+) -> ModuleType:
+    if backend in ("aten", "decomposed"):
         return BACKENDS[backend]
     if backend is None and (not plain or mask is not None):
         return decomposed
-    refusal = native.refusal(x, *others) if plain else "a compiler, a transform or a mode is at work"
+    fused = triton if backend == "triton" or (backend is None and x.is_cuda) else native
+    refusal = fused.refusal(x, *others) if plain else "a compiler, a transform or a mode is at work"
+    if refusal is None and fused is triton and together is not None:
+        refusal = "statistics over a process group, whose sums these kernels do not share yet"
     if backend is not None:
         if refusal is None:
-            return native
+            return fused
         raise RuntimeError(
-            f"expected what backend='native' can do, got this: {refusal}; use backend=None, which chooses"
+            f"expected what backend={backend!r} can do, got this: {refusal}; use backend=None, which chooses"
         )
     # In float64, which is for checking, bitwise torch's own.
     if refusal is None and x.dtype != torch.float64:
-        return native
+        return fused
     return aten if x.is_cpu or x.is_cuda else decomposed
 
 

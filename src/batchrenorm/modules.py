@@ -133,11 +133,14 @@ class BatchRenorm(nn.Module):
                 f"expected {ranks} input for {type(self).__name__}, got {x.ndim}-d of shape {tuple(x.shape)}; "
                 "use the layer of the right rank"
             )
-        alpha: float | Tensor = 0.0
+        alpha: float | Tensor | None = 0.0
         r_max: float | Tensor = 1.0
         d_max: float | Tensor = 0.0
+        clip = None
         step = self.num_batches_tracked
-        if self.training and step is not None:
+        if self.training and step is not None and step.is_cuda and isinstance(self.clip, ClipSchedule):
+            alpha, clip = self.momentum, self.clip  # for whoever can read the step without waiting
+        elif self.training and step is not None:
             # On the CPU looking at the counter costs nothing; elsewhere it would wait for the device.
             t = step.item() if step.device.type == "cpu" and is_plain_eager(x) else step
             r_max, d_max = self.clip(t if isinstance(self.clip, ClipSchedule) else step)  # type: ignore[arg-type]
@@ -163,6 +166,7 @@ class BatchRenorm(nn.Module):
             activation=self.activation,
             residual=residual,
             layer=self._layer,
+            clip=clip,
         )
 
     @property
