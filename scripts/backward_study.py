@@ -44,6 +44,9 @@ class Arm:
     own: float = 0.0  # share of `own` that is left in sums and regress after the ramp
     rate: float = 0.1  # of the moving sums
     warm: str = "own"  # backward during the warm-up of the limits: own, or moving from the first step
+    ramp: float = 1.0  # length of the ramp of limits and share, in those of the paper
+    alpha: float = 0.0  # rate of mu and sigma; 0 is the task's
+    fast: int = 0  # 1: averages and sums begin as cumulative means; the first step's backward is own
     weights: str = ""  # of the preceding weights' gradients: radial, centred, input, split; joined by +
 
 
@@ -85,10 +88,13 @@ class Renorm(torch.autograd.Function):
         d = ((mu_B - layer.mu) / layer.sigma).clamp(-d_max, d_max)
         k = r / sigma_B
         h = torch.addcmul(d - mu_B * k, x, k)
-        layer.mu.lerp_(mu_B.mean(2, keepdim=True), layer.alpha)
-        layer.sigma.lerp_(sigma_B.mean(2, keepdim=True), layer.alpha)
+        alpha = layer.at_least(layer.alpha)
+        layer.mu.lerp_(mu_B.mean(2, keepdim=True), alpha)
+        layer.sigma.lerp_(sigma_B.mean(2, keepdim=True), alpha)
         ctx.save_for_backward(h, r, d, k)
         ctx.layer, ctx.share = layer, 1.0 if arm.backward in ("own", "unbiased") else layer.share
+        if arm.fast and layer.step == 0:
+            ctx.share = 1.0
         return h
 
     @staticmethod
@@ -107,13 +113,14 @@ class Renorm(torch.autograd.Function):
         if not moving:
             return own * (k * (n / (n - 2) if arm.backward == "unbiased" else 1.0)), None
         e = g - layer.s1 - h * layer.s2
+        rate = layer.at_least(arm.rate)
         if arm.backward == "sums":
-            layer.s1.lerp_(g.mean((2, 3), keepdim=True), arm.rate)
-            layer.s2.lerp_((g * h).mean((2, 3), keepdim=True), arm.rate)
+            layer.s1.lerp_(g.mean((2, 3), keepdim=True), rate)
+            layer.s2.lerp_((g * h).mean((2, 3), keepdim=True), rate)
         else:
-            layer.s1.add_(e.mean((2, 3), keepdim=True), alpha=arm.rate)
+            layer.s1.add_(e.mean((2, 3), keepdim=True), alpha=rate)
             power = h.square().mean((2, 3), keepdim=True).clamp_(min=1.0)
-            layer.s2.add_((e * h).mean((2, 3), keepdim=True) / power, alpha=arm.rate)
+            layer.s2.add_((e * h).mean((2, 3), keepdim=True) / power, alpha=rate)
         return (e if share == 0 else torch.lerp(e, own, share)) * k, None
 
 
@@ -192,6 +199,9 @@ class Layer:
         self.a_mean: Tensor | None = None
         self.step, self.limits, self.share = 0, (1.0, 0.0), 1.0
 
+    def at_least(self, rate: float) -> float:
+        return max(rate, 1 / (self.step + 1)) if self.arm.fast else rate
+
     def linear(self, a: Tensor) -> Tensor:
         nets, C, B, P = a.shape
         W = self.W - self.W.mean(-1, keepdim=True) if self.arm.norm == "mabn" else self.W
@@ -236,7 +246,7 @@ class Nets:
         per_seed = {seed: task.weights(seed, shape, classes) for seed in set(seeds)}
         weights = [torch.stack(w) for w in zip(*(per_seed[seed] for seed in seeds))]
         *hidden, last = weights
-        self.layers = [Layer(W, arm, task.alpha, stride) for W, stride in zip(hidden, task.strides)]
+        self.layers = [Layer(W, arm, arm.alpha or task.alpha, stride) for W, stride in zip(hidden, task.strides)]
         self.last = last.clone().requires_grad_()
         self.bias = torch.zeros(len(seeds), classes, 1, requires_grad=True)
         self.parameters = [p for layer in self.layers for p in (layer.W, layer.beta)] + [self.last, self.bias]
@@ -299,13 +309,14 @@ def accuracy(nets: Nets, split: Any, seeds: int) -> list[float]:
 
 
 def train(
-    task: Task, arm: Arm, seeds: list[int], rates: list[float], kind: str, data: Any, test: bool
+    task: Task, arm: Arm, seeds: list[int], rates: list[float], kind: str, warmup: float, data: Any, test: bool
 ) -> list[dict[str, Any]]:
     """One result for each seed and rate, that belong together."""
     nets, steps = Nets(task, arm, seeds, data.shape, data.classes), task.steps
     state = [[torch.zeros_like(p), torch.zeros_like(p)] for p in nets.parameters]
-    clip = ClipSchedule.for_training(steps, arm.r_max, arm.d_max)
-    final = ClipSchedule.for_training(steps, 2.0, 0.0)  # its r_max - 1 goes from 0 to 1 with the ramp
+    ramp = [round(steps * arm.ramp * k / 130) for k in (5, 25, 40)]
+    clip = ClipSchedule(arm.r_max, arm.d_max, *ramp)
+    final = ClipSchedule(2.0, 0.0, *ramp)  # its r_max - 1 goes from 0 to 1 with the ramp
     plans = {seed: data.train.minibatches(IidPlan(len(data.train.y), 32, steps, seed)) for seed in set(seeds)}
     lr, norms = torch.tensor(rates), [layer.W.detach().flatten(1).norm(dim=1) for layer in nets.layers]
     smooth, curve, begun = torch.full((len(seeds),), math.log(data.classes)), [], time.perf_counter()
@@ -321,7 +332,8 @@ def train(
         losses.sum().backward()
         for layer in nets.layers:
             layer.adjust_gradient()
-        optimise(nets, kind, state, lr * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
+        rise = min(1.0, (step + 1) / (warmup * steps + 1))
+        optimise(nets, kind, state, lr * rise * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
         smooth.lerp_(losses.detach(), 0.01)
         if (step + 1) % (steps // 6) == 0:
             curve.append(accuracy(nets, data.validation, len(seeds)))
@@ -353,6 +365,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--optimizer", default="sgd", choices=("sgd", "rmsprop"))
+    parser.add_argument("--lr-warmup", type=float, default=0.0, help="fraction of the steps in which it rises")
     parser.add_argument("--test", action="store_true", help="look at the test images, once all is chosen")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -370,11 +383,11 @@ def main() -> None:
         for change in changes:
             field, value = change.split("=")
             arm = replace(arm, **{field: type(getattr(arm, field))(value)})
-        found = train(task, arm, [s for s, _ in pairs], [lr for _, lr in pairs], options.optimizer, data, options.test)
+        found = train(task, arm, [s for s, _ in pairs], [lr for _, lr in pairs], options.optimizer, options.lr_warmup, data, options.test)
         with options.out.open("a") as file:
             for result in found:
-                line = {"task": options.task, "arm": text, **asdict(arm), "steps": task.steps, "alpha": task.alpha}
-                file.write(json.dumps({**line, "optimizer": options.optimizer, "commit": commit.strip(), **result}) + "\n")
+                line = {"task": options.task, "arm": text, **asdict(arm), "steps": task.steps, "alpha": arm.alpha or task.alpha}
+                file.write(json.dumps({**line, "optimizer": options.optimizer, "lr_warmup": options.lr_warmup, "commit": commit.strip(), **result}) + "\n")
         key = "test" if options.test else "validation"
         for lr in options.lr:
             mine = [r for r in found if r["lr"] == lr]
