@@ -1,20 +1,23 @@
 """Bias and variance of the backward passes against N, layer by layer, beside theory. See docs/theory-backward.md.
 
-A dense net is trained for a while with batch norm at 32. Then mu and sigma are set to those of 4,096 training images (so
-the forward is that of inference, whatever the microbatch), the gradient of the loss of all 4,096 is taken through batch
-norm over all of them, and minibatches of 32 in groups of N estimate it:
+A dense net is trained for a while with batch norm at 32. Then mu and sigma are set to those of 4,096 training images, so
+that the forward is that of inference, whatever the microbatch; the gradient of the loss of all of them is taken through
+batch norm over all of them, and minibatches of 32 in groups of N estimate it:
 
-    signal: mean estimate along the true gradient, 1 if unbiased;   noise: E|estimate - its mean|² / |true|², for 32 samples
+    signal: the mean estimate along the true gradient, 1 if unbiased
+    noise: E|estimate - its mean|² / |true|², of minibatches of 32
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from backward_study import ARMS, TASKS, Arm, Layer, Nets, optimise
+from backward_study import ARMS, TASKS, Arm, Nets, optimise
 from torch import Tensor
 
 from batchrenorm.paper import data as paper_data
@@ -46,11 +49,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--depth", type=int, default=6)
-    parser.add_argument("--draws", type=int, default=400)
+    parser.add_argument("--draws", type=int, default=100)
     options = parser.parse_args()
     torch.set_num_threads(1)
     task = TASKS["omniglot"]
-    task = type(task)(task.data, task.size, (128,) * options.depth, (None,) * options.depth, options.steps, 0.02)
+    task = replace(
+        task, widths=(128,) * options.depth, strides=(None,) * options.depth, steps=options.steps, alpha=0.02
+    )
+    normal = torch.randn(2**20, generator=torch.Generator().manual_seed(3))
+    for N in (2, 4, 8, 16, 32):
+        sigma = normal.view(-1, N).std(1, correction=0).mean()
+        c = math.sqrt(2 / N) * math.exp(math.lgamma(N / 2) - math.lgamma((N - 1) / 2))
+        print(f"N = {N}: E h² of normal x, sigma = E sigma_B: {normal.var() / sigma**2:.3f}, theory {1 / c**2:.3f}")
     data = paper_data.load(task.data, root=options.data, size=task.size)
     nets = Nets(task, ARMS["bn32"], [0], data.shape, data.classes)
     state = [[torch.zeros_like(p)] for p in nets.parameters]
@@ -88,8 +98,6 @@ def main() -> None:
         for name, arm in arms.items():
             if N == 2 and name == "unbiased":
                 continue
-            from dataclasses import replace
-
             with_arm(nets, replace(arm, group=N), moments)
             sums = [torch.zeros_like(t, dtype=torch.float64) for t in true]
             squares = [0.0] * len(true)
@@ -107,8 +115,6 @@ def main() -> None:
                 cells.append(f"{signal:5.2f} / {noise:7.1f}   ")
             print(f"  {name:22}" + "".join(cells), flush=True)
 
-
-__all__ = ["Layer"]
 
 if __name__ == "__main__":
     main()

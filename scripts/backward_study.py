@@ -1,7 +1,7 @@
-"""Research, not part of the package: backward passes of Batch Renormalization at tiny microbatches. See docs/theory-backward.md.
+"""Research, not part of the package: backward passes of Batch Renormalization at tiny microbatches.
 
-Many nets at a time: every tensor has a leading dimension of nets (seeds times learning rates), which share nothing but the
-calls. On one thread the calls are what costs, so twelve nets take little longer than one.
+The theory is in docs/theory-backward.md. Many nets at a time: every tensor has a leading dimension of nets (seeds times
+learning rates), which share nothing but the calls. On one thread these are what costs: twelve take little longer than one.
 
     python scripts/backward_study.py omniglot --data DIR --arm brn --arm regress --lr 0.05 0.1 0.2 --seeds 3 --out runs.jsonl
 
@@ -125,7 +125,7 @@ class Renorm(torch.autograd.Function):
 
 
 class Mabn(torch.autograd.Function):
-    """Yan et al. 2020 as published: second moments over a window of a minibatch's worth of groups, the newest included."""
+    """Yan et al. 2020 as published: second moments over a minibatch's worth of groups up to the newest."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Layer) -> Tensor:
@@ -136,7 +136,9 @@ class Mabn(torch.autograd.Function):
         r = (root / layer.sigma).clamp(1 / limit, limit)
         z = x / root
         mean = v.mean(2, keepdim=True)
-        layer.sigma.copy_(((layer.sigma.square() - EPS).lerp(mean, 0.02) + EPS).sqrt() if layer.step else (mean + EPS).sqrt())
+        layer.sigma.copy_(
+            ((layer.sigma.square() - EPS).lerp(mean, 0.02) + EPS).sqrt() if layer.step else (mean + EPS).sqrt()
+        )
         ctx.layer, layer.x2 = layer, x2
         ctx.save_for_backward(z, root, r)
         return z * r
@@ -292,7 +294,7 @@ TASKS = {
 
 
 def optimise(nets: Nets, kind: str, state: list[Any], lr: Tensor) -> None:
-    """SGD with momentum 0.9, or the paper's RMSProp (decay 0.9, momentum 0.9, eps 1e-3), a learning rate for each net."""
+    """SGD, or RMSProp (decay 0.9, eps 1e-3), momentum 0.9, a learning rate for each net."""
     with torch.no_grad():
         for p, buffers in zip(nets.parameters, state):
             g, rates = p.grad, lr.view(-1, *[1] * (p.ndim - 1))
@@ -388,18 +390,44 @@ def main() -> None:
         for change in changes:
             field, value = change.split("=")
             arm = replace(arm, **{field: type(getattr(arm, field))(value)})
-        found = train(task, arm, [s for s, _ in pairs], [lr for _, lr in pairs], options.optimizer, options.lr_warmup, data, options.test)
+        found = train(
+            task,
+            arm,
+            [s for s, _ in pairs],
+            [lr for _, lr in pairs],
+            options.optimizer,
+            options.lr_warmup,
+            data,
+            options.test,
+        )
         with options.out.open("a") as file:
             for result in found:
-                line = {"task": options.task, "arm": text, **asdict(arm), "steps": task.steps, "alpha": arm.alpha or task.alpha}
-                file.write(json.dumps({**line, "optimizer": options.optimizer, "lr_warmup": options.lr_warmup, "commit": commit.strip(), **result}) + "\n")
+                line = {
+                    "task": options.task,
+                    "arm": text,
+                    **asdict(arm),
+                    "steps": task.steps,
+                    "alpha": arm.alpha or task.alpha,
+                }
+                file.write(
+                    json.dumps(
+                        {
+                            **line,
+                            "optimizer": options.optimizer,
+                            "lr_warmup": options.lr_warmup,
+                            "commit": commit.strip(),
+                            **result,
+                        }
+                    )
+                    + "\n"
+                )
         key = "test" if options.test else "validation"
         for lr in options.lr:
             mine = [r for r in found if r["lr"] == lr]
             std, mean = torch.std_mean(torch.tensor([r[key] for r in mine]), correction=min(1, len(mine) - 1))
             print(
-                f"{options.task} {text:28} {options.optimizer} lr {lr:<6g} {key} {mean:5.1f} ± {std:4.1f}  n {len(mine)}  "
-                f"diverged {sum(r['diverged'] for r in mine)}  loss {[r['train_loss'] for r in mine][:3]}  "
+                f"{options.task} {text:28} {options.optimizer} lr {lr:<6g} {key} {mean:5.1f} ± {std:4.1f}  "
+                f"n {len(mine)}  diverged {sum(r['diverged'] for r in mine)}  loss {[r['train_loss'] for r in mine][:3]}  "
                 f"grew {max(r['weights_grew'] or math.inf for r in mine):.1f}  {mine[0]['seconds']:.1f} s a net",
                 flush=True,
             )
