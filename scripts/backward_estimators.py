@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from backward_study import ARMS, TASKS, Arm, Nets, optimise
+from backward_study import ARMS, EPS, TASKS, Arm, Layer, Nets, Renorm, optimise
 from torch import Tensor
 
+from batchrenorm import batch_renorm
 from batchrenorm.paper import data as paper_data
 from batchrenorm.paper.sampling import IidPlan
 
@@ -44,6 +45,37 @@ def with_arm(nets: Nets, arm: Arm, moments: list[tuple[Tensor, Tensor, Tensor, T
         layer.alpha, layer.limits, layer.share = 0.0, UNLIMITED, 0.0
 
 
+def check() -> None:
+    """The study's own backward is the package's; the sums of the regression are functions of the paper's two sums."""
+    generator = torch.Generator().manual_seed(5)
+    x, g = (torch.randn(1, 6, 8, 4, generator=generator, dtype=torch.float64) for _ in range(2))  # 8 groups of 4
+    layer = Layer(torch.zeros(1, 6, 2), Arm(backward="regress", own=1.0), 0.01, None)
+    for name in ("mu", "sigma", "s1", "s2"):
+        setattr(layer, name, torch.rand(1, 6, 1, 1, generator=generator, dtype=torch.float64) + 0.2)
+    layer.limits, layer.share = (1.5, 0.5), 1.0
+    mu, sigma, s1, s2 = (v.flatten().clone() for v in (layer.mu, layer.sigma, layer.s1, layer.s2))
+    x.requires_grad_()
+    found = torch.autograd.grad(Renorm.apply(x, layer), x, g)[0]
+    y = batch_renorm(
+        x[0].permute(1, 2, 0).reshape(32, 6), mu.clone(), sigma**2 - EPS, training=True, microbatch_size=4,
+        r_max=1.5, d_max=0.5, backend="decomposed",
+    )  # fmt: skip
+    expected = torch.autograd.grad(y, x, g[0].permute(1, 2, 0).reshape(32, 6))[0]
+    torch.testing.assert_close(found, expected)
+    # docs/design-moving-backward.md
+    x, g, mu, sigma, s1, s2 = x.detach()[0], g[0], mu[:, None], sigma[:, None], s1[:, None], s2[:, None]
+    var, mu_B = torch.var_mean(x, -1, correction=0)
+    sigma_B = (var + EPS).sqrt()
+    r, d = (sigma_B / sigma).clamp(1 / 1.5, 1.5), ((mu_B - mu) / sigma).clamp(-0.5, 0.5)
+    A, B = g.mean(-1), (g * (x - mu_B[..., None]) / sigma_B[..., None]).mean(-1)
+    h2 = r**2 * var / (var + EPS) + d**2
+    e = A - s1 - d * s2
+    eh = r * B + d * A - d * s1 - h2 * s2
+    torch.testing.assert_close(layer.s1.view(-1), (s1 + 0.1 * e.mean(1, keepdim=True)).view(-1))
+    new = s2 + 0.1 * eh.mean(1, keepdim=True) / h2.mean(1, keepdim=True).clamp(min=1)
+    torch.testing.assert_close(layer.s2.view(-1), new.view(-1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
@@ -52,6 +84,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=100)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    check()
     task = TASKS["omniglot"]
     task = replace(
         task, widths=(128,) * options.depth, strides=(None,) * options.depth, steps=options.steps, alpha=0.02

@@ -427,7 +427,7 @@ def main() -> None:
             std, mean = torch.std_mean(torch.tensor([r[key] for r in mine]), correction=min(1, len(mine) - 1))
             print(
                 f"{options.task} {text:28} {options.optimizer} lr {lr:<6g} {key} {mean:5.1f} ± {std:4.1f}  "
-                f"n {len(mine)}  diverged {sum(r['diverged'] for r in mine)}  loss {[r['train_loss'] for r in mine][:3]}  "
+                f"n {len(mine)}  diverged {sum(r['diverged'] for r in mine)} loss {[r['train_loss'] for r in mine][:3]}  "
                 f"grew {max(r['weights_grew'] or math.inf for r in mine):.1f}  {mine[0]['seconds']:.1f} s a net",
                 flush=True,
             )
