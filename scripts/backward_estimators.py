@@ -1,7 +1,7 @@
 """Bias and variance of the backward passes against N, layer by layer, beside theory. See docs/theory-backward.md.
 
-A dense net is trained for a while with batch norm at 32. Then mu and sigma are set to those of 4,096 training images, so
-that the forward is that of inference, whatever the microbatch; the gradient of the loss of all of them is taken through
+A dense net is trained for a while with batch norm at 32. Then mu and sigma are set to those of 4,096 images, so that
+the forward is that of inference, whatever the microbatch; the gradient of the loss of all of them is taken through
 batch norm over all of them, and minibatches of 32 in groups of N estimate it:
 
     signal: the mean estimate along the true gradient, 1 if unbiased

@@ -1,9 +1,9 @@
 """Research, not part of the package: backward passes of Batch Renormalization at tiny microbatches.
 
 The theory is in docs/theory-backward.md. Many nets at a time: every tensor has a leading dimension of nets (seeds times
-learning rates), which share nothing but the calls. On one thread these are what costs: twelve take little longer than one.
+learning rates), which share nothing but the calls; on one thread these are what costs.
 
-    python scripts/backward_study.py omniglot --data DIR --arm brn --arm regress --lr 0.05 0.1 0.2 --seeds 3 --out runs.jsonl
+    python scripts/backward_study.py omniglot --data DIR --arm brn --arm regress-bare --lr 0.1 0.2 --out runs.jsonl
 
 Layout of activations: (nets, channels, samples, positions); a microbatch is a stretch of samples.
 """
@@ -425,10 +425,12 @@ def main() -> None:
         for lr in options.lr:
             mine = [r for r in found if r["lr"] == lr]
             std, mean = torch.std_mean(torch.tensor([r[key] for r in mine]), correction=min(1, len(mine) - 1))
+            losses = [r["train_loss"] for r in mine][:3]
+            grew = max(r["weights_grew"] or math.inf for r in mine)
             print(
-                f"{options.task} {text:28} {options.optimizer} lr {lr:<6g} {key} {mean:5.1f} ± {std:4.1f}  "
-                f"n {len(mine)}  diverged {sum(r['diverged'] for r in mine)} loss {[r['train_loss'] for r in mine][:3]}  "
-                f"grew {max(r['weights_grew'] or math.inf for r in mine):.1f}  {mine[0]['seconds']:.1f} s a net",
+                f"{options.task} {text:28} {options.optimizer} lr {lr:<6g} {key} {mean:5.1f} ± {std:4.1f} n {len(mine)} "
+                f"diverged {sum(r['diverged'] for r in mine)}  loss {losses}  grew {grew:.1f}  "
+                f"{mine[0]['seconds']:.1f} s a net",
                 flush=True,
             )
 
