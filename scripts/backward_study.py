@@ -428,8 +428,8 @@ def main() -> None:
             losses = [r["train_loss"] for r in mine][:3]
             grew = max(r["weights_grew"] or math.inf for r in mine)
             print(
-                f"{options.task} {text:28} {options.optimizer} lr {lr:<6g} {key} {mean:5.1f} ± {std:4.1f} n {len(mine)} "
-                f"diverged {sum(r['diverged'] for r in mine)}  loss {losses}  grew {grew:.1f}  "
+                f"{options.task} {text:27} {options.optimizer} lr {lr:<6g} {key} {mean:5.1f} ± {std:4.1f} n {len(mine)}"
+                f" diverged {sum(r['diverged'] for r in mine)}  loss {losses}  grew {grew:.1f}  "
                 f"{mine[0]['seconds']:.1f} s a net",
                 flush=True,
             )
