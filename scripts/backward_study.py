@@ -39,7 +39,8 @@ class Arm:
     group: int = 4  # samples normalised together
     r_max: float = 3.0
     d_max: float = 5.0
-    # own: the paper. unbiased: own times N / (N - 2). sums: moving averages of g and g h. regress: error-controlled.
+    # own: the paper. unbiased: own times N / (N - 2). sums: moving averages of g and g h. ratio: of g and g h / E h².
+    # regress: the coefficients of the regression of g on 1 and h, moved by what they leave.
     backward: str = "own"
     own: float = 0.0  # share of `own` that is left in sums and regress after the ramp
     rate: float = 0.1  # of the moving sums
@@ -102,7 +103,7 @@ class Renorm(torch.autograd.Function):
         h, r, d, k = ctx.saved_tensors
         layer, share = ctx.layer, ctx.share
         arm, n = layer.arm, h.shape[-1]
-        moving = arm.backward in ("sums", "regress")
+        moving = arm.backward in ("sums", "ratio", "regress")
         if share > 0 or layer.split:
             # x_hat = (h - d) / r, so g - mean g - x_hat mean(g x_hat) in terms of h
             gm = g.mean(-1, keepdim=True)
@@ -114,9 +115,10 @@ class Renorm(torch.autograd.Function):
             return own * (k * (n / (n - 2) if arm.backward == "unbiased" else 1.0)), None
         e = g - layer.s1 - h * layer.s2
         rate = layer.at_least(arm.rate)
-        if arm.backward == "sums":
+        if arm.backward in ("sums", "ratio"):
             layer.s1.lerp_(g.mean((2, 3), keepdim=True), rate)
-            layer.s2.lerp_((g * h).mean((2, 3), keepdim=True), rate)
+            scale = h.square().mean((2, 3), keepdim=True) if arm.backward == "ratio" else 1.0
+            layer.s2.lerp_((g * h).mean((2, 3), keepdim=True) / scale, rate)
         else:
             layer.s1.add_(e.mean((2, 3), keepdim=True), alpha=rate)
             power = h.square().mean((2, 3), keepdim=True).clamp_(min=1.0)
