@@ -24,7 +24,7 @@ bench: $(VENV)/.bench  ## speed against nn.BatchNorm and the peers
 	$(BIN)/python -m benchmarks run
 
 docs: $(VENV)/.docs  ## the site, in site/: no network, and a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 SOURCES_OF_LIBRARY := hatch_build.py $(wildcard src/batchrenorm/*.c src/batchrenorm/backends/native*.[ch])
 

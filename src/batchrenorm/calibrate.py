@@ -44,7 +44,7 @@ def recalibrate(
     Raises:
         ValueError: the loader is empty. After this or any other error the averages are as before.
 
-    Example:
+    Examples:
         >>> from batchrenorm import BatchRenorm1d
         >>> model = nn.Sequential(nn.Linear(2, 3), BatchRenorm1d(3))
         >>> _ = recalibrate(model, [torch.randn(32, 2) for _ in range(10)])
@@ -109,7 +109,7 @@ def average_sigma(
     Raises:
         ValueError: in the average, a tensor that is not the model's.
 
-    Example:
+    Examples:
         >>> from batchrenorm import BatchRenorm1d
         >>> from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
         >>> model = nn.Sequential(nn.Linear(2, 3), BatchRenorm1d(3))

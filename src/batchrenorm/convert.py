@@ -122,7 +122,7 @@ def convert_batchnorm(
     Raises:
         ValueError, TypeError: an argument out of its range; nothing has been converted.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> convert_batchnorm(model, clip=ClipSchedule.for_training(10_000))[1].__class__.__name__
         'BatchRenorm2d'
@@ -176,7 +176,7 @@ class BatchNormAct(nn.Module):
     Args:
         norm: the batch norm.
 
-    Example:
+    Examples:
         >>> layer = to_batchnorm(BatchRenorm2d(8, activation="relu"))
         >>> type(layer).__name__, type(layer.norm).__name__
         ('BatchNormAct', 'BatchNorm2d')
@@ -223,7 +223,7 @@ def to_batchnorm(model: Model) -> Model:
     Returns:
         The same model. A `BatchRenorm` of any rank becomes `SyncBatchNorm`, which is batch norm of any rank.
 
-    Example:
+    Examples:
         >>> layer = BatchRenorm2d(8).eval()
         >>> x = torch.randn(2, 8, 4, 4)
         >>> expected = layer(x)

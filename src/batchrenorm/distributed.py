@@ -51,7 +51,7 @@ def sync_running_stats(
         ValueError: weight is negative or not finite.
         RuntimeError: a replica is gone or late, or its layers are others than here; the averages stay.
 
-    Example:
+    Examples:
         >>> from batchrenorm import BatchRenorm1d
         >>> model = nn.Sequential(nn.Linear(2, 3), BatchRenorm1d(3))
         >>> sync_running_stats(model)                     # one process: nothing to do
@@ -152,15 +152,14 @@ class keep_in_sync:
     DDP's own broadcast of buffers before each forward finds them equal, whichever of the two comes first; without it
     (`forward_sync_buffers=False`, in older torch `broadcast_buffers=False`) its time is saved.
 
+    The object has `wait()`, for who reads the averages between two forwards, and `remove()`; it is also a context, which
+    ends with both.
+
     Args:
         model: the outermost module, of which the loop calls the forward: after DDP, `fully_shard` or `torch.compile`.
         group: a `torch.distributed.ProcessGroup`, or its name; None for all processes.
 
-    Returns:
-        An object with `wait()`, for who reads the averages between two forwards, and `remove()`; and a context, which
-        ends with both.
-
-    Example:
+    Examples:
         >>> from batchrenorm import BatchRenorm1d
         >>> model = nn.Sequential(nn.Linear(2, 3), BatchRenorm1d(3))
         >>> with keep_in_sync(model):

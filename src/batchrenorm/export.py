@@ -46,7 +46,7 @@ def fold_batchnorm(model: nn.Module, *example: Tensor) -> fx.GraphModule:
     Raises:
         torch.fx.proxy.TraceError: the forward depends on values; ONNX and `torch.export` fold such models too.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), brn.BatchRenorm2d(8), nn.ReLU())
         >>> [type(m).__name__ for m in fold_batchnorm(model).children()]
         ['Conv2d', 'ReLU']

@@ -85,7 +85,7 @@ def batch_renorm(
         TypeError: a wrong dtype; nothing has been modified.
         RuntimeError: a process group that is not there; nothing has been modified.
 
-    Example:
+    Examples:
         >>> mean, var = torch.zeros(3), torch.ones(3)
         >>> x = torch.randn(8, 3, 5, 5)
         >>> y = batch_renorm(x, mean, var, training=True)

@@ -98,7 +98,7 @@ def import_state_dict(
     Raises:
         ValueError: a wrong source, a missing or unexpected key, a wrong shape.
 
-    Example:
+    Examples:
         >>> theirs = {"ra_mean": torch.zeros(3), "ra_var": torch.ones(3), "steps": torch.tensor(7),
         ...           "scale": torch.ones(3), "bias": torch.zeros(3)}
         >>> layer = BatchRenorm1d(3, eps=1e-3)
@@ -287,7 +287,7 @@ def convert_renorm(model: nn.Module, *, clip: Clip | None = None) -> nn.Module:
     Raises:
         ValueError: a layer that cannot be had here; nothing has been converted.
 
-    Example:
+    Examples:
         >>> convert_renorm(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))[0]   # nothing to convert
         Linear(in_features=2, out_features=3, bias=True)
     """

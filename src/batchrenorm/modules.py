@@ -47,7 +47,7 @@ class BatchRenorm(nn.Module):
         ValueError, TypeError: an argument out of its range, or an input of the wrong shape or dtype; an error leaves
             the averages and the step as they were.
 
-    Example:
+    Examples:
         >>> layer = BatchRenorm2d(3, clip=ClipSchedule.constant())
         >>> x = torch.randn(4, 3, 8, 8)
         >>> expected = layer.eval()(x)                         # by the averages before the step
@@ -304,7 +304,7 @@ def set_step(model: nn.Module, step: int) -> None:
     Raises:
         ValueError: step is negative.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(2, 3), BatchRenorm1d(3))
         >>> set_step(model, 40_000)
         >>> int(model[1].num_batches_tracked)

@@ -95,7 +95,7 @@ class RenormMonitor:
     Raises:
         ValueError: every or keep is not positive.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), BatchRenorm(8))
         >>> with RenormMonitor(model, every=2) as monitor:
         ...     for _ in range(4):

@@ -44,7 +44,7 @@ def batch_renorm(
         ``(y, new_mean, new_std)``: y like x, and the ``(C,)`` averages after the step. Inference is
         ``y = gamma * (x - mean) / std + beta``; no epsilon is added there.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[1.0], [3.0]])
         >>> y, mean, std = batch_renorm(x, mu=torch.zeros(1), sigma=torch.ones(1), alpha=0.1)
         >>> y.flatten().tolist(), round(mean.item(), 4), round(std.item(), 4)  # unclipped: y = (x - mu) / sigma

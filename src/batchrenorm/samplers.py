@@ -35,7 +35,7 @@ class LabelGroupBatchSampler(Sampler[list[int]]):
     Raises:
         ValueError: a label has fewer images than `images_per_label`, or a number is out of its range.
 
-    Example:
+    Examples:
         >>> labels = [0] * 5 + [1] * 5 + [2] * 5
         >>> sampler = LabelGroupBatchSampler(labels, labels_per_batch=2, images_per_label=3, num_batches=4)
         >>> [[labels[i] for i in batch] for batch in sampler][0]

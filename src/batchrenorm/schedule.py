@@ -27,7 +27,7 @@ class ClipSchedule:
     Raises:
         ValueError: a limit or a step out of its range.
 
-    Example:
+    Examples:
         >>> schedule = ClipSchedule()
         >>> [tuple(round(float(v), 3) for v in schedule(torch.tensor(t))) for t in (0, 5_000, 15_000, 40_000)]
         [(1.0, 0.0), (1.0, 0.0), (1.571, 2.5), (3.0, 5.0)]
@@ -60,7 +60,7 @@ class ClipSchedule:
         Raises:
             ValueError: ``total_steps`` is not positive, or a limit is out of its range.
 
-        Example:
+        Examples:
             >>> ClipSchedule.for_training(1_300)
             ClipSchedule(r_max=3.0, d_max=5.0, warmup=50, d_full=250, r_full=400)
         """
@@ -79,7 +79,7 @@ class ClipSchedule:
         Raises:
             ValueError: a limit is out of its range.
 
-        Example:
+        Examples:
             >>> ClipSchedule.constant(1.5, 0.5)
             ClipSchedule(r_max=1.5, d_max=0.5, warmup=0, d_full=0, r_full=0)
         """
