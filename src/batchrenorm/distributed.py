@@ -152,8 +152,8 @@ class keep_in_sync:
     DDP's own broadcast of buffers before each forward finds them equal, whichever of the two comes first; without it
     (`forward_sync_buffers=False`, in older torch `broadcast_buffers=False`) its time is saved.
 
-    The object has `wait()`, for who reads the averages between two forwards, and `remove()`; it is also a context, which
-    ends with both.
+    The object has `wait()`, for who reads the averages between two forwards, and `remove()`; it is also a context,
+    which ends with both.
 
     Args:
         model: the outermost module, of which the loop calls the forward: after DDP, `fully_shard` or `torch.compile`.
