@@ -2,7 +2,7 @@
 
 Three kinds of step take turns on one net: nobody watches; a monitor waits; a monitor reads. At one reading in 50 a step
 costs the mean of 49 waiting and one reading: the overhead is the median over the turns, beside it their quartiles. What
-a reading adds to a waiting step, over 50, is less noisy. `--record` appends a row to results/monitor.jsonl.
+a reading adds to a waiting step, over 50, is less noisy. `--record` appends a row to results/monitor/rows.jsonl.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main() -> None:
         row["time"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         print(json.dumps(row))
         if options.record:
-            path = Path(__file__).parent / "results" / "monitor.jsonl"
+            path = Path(__file__).parent / "results" / "monitor" / "rows.jsonl"
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
