@@ -254,8 +254,8 @@ BUGS = [
     Bug(
         "a subclass that does more converted all the same",
         "convert.py",
-        "renorm = _RENORM.get(type(layer))",
-        "renorm = next((_RENORM[c] for c in type(layer).__mro__ if c in _RENORM), None)",
+        "return _RENORM.get(kind)",
+        "return next((_RENORM[c] for c in kind.__mro__ if c in _RENORM), None)",
         "test_convert.py::test_what_does_more_is_left_alone_and_named",
     ),
     Bug(
@@ -338,8 +338,8 @@ BUGS = [
     Bug(
         "averages written behind autograd's back",
         "correction.py",
-        "    torch.autograd.graph.increment_version(written)\n",
-        "",
+        "if step is None else (running_mean, running_var, step)\n    torch.autograd.graph.increment_version(written)\n",
+        "\n",
         NATIVE + "test_autograd_knows_of_what_is_written",
     ),
     Bug(

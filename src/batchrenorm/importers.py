@@ -278,7 +278,7 @@ def convert_renorm(model: nn.Module, *, clip: Clip | None = None) -> nn.Module:
     Inference is unchanged to a rounding. Weight and bias stay the same parameters, so an optimiser goes on with its
     state (not Avalanche's, whose ``(1, C, 1, 1)`` parameters become new ones); training flag, device, dtype, eps,
     momentum, step and hooks go along. The classes are recognised by module and name, so none of the packages is
-    imported. A Keras layer (renorm or not, channels in dimension 1) or a Chainer link by itself returns a `BatchRenorm`.
+    imported. A Keras layer (renorm or not, channels in dimension 1) or a Chainer link alone becomes a `BatchRenorm`.
 
     Args:
         model: a model, or one layer.
