@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import functools
 import io
@@ -207,6 +208,35 @@ def test_selective_checkpointing() -> None:
         if monitor is not None:
             assert len(monitor.readings()) == 1
     assert torch.equal(*gradients)
+
+
+def test_errors_are_the_layers_own() -> None:
+    net = nn.Sequential(brn.BatchRenorm1d(3))
+    with brn.RenormMonitor(net, every=1):
+        for x in (torch.randn(4, 5), torch.randn(3), [1.0]):
+            with pytest.raises((TypeError, ValueError), match=r"^expected "):
+                net(x)
+
+
+def test_lazy_layers_and_ensembles() -> None:
+    """Neither has averages that could be read: the one not yet, the other under vmap."""
+    lazy = nn.Sequential(brn.LazyBatchRenorm1d())
+    with brn.RenormMonitor(lazy, every=1) as monitor:
+        lazy.eval()(torch.randn(8, 3))
+        lazy.train()(torch.randn(8, 3))
+    assert [r.step for r in monitor.readings()] == [0]
+
+    layers = [brn.BatchRenorm1d(3) for _ in range(2)]
+    state = torch.func.stack_module_state(layers)
+    x = torch.randn(8, 3)
+
+    def member(parameters: Any, buffers: Any) -> Tensor:
+        return torch.func.functional_call(layers[0], (parameters, buffers), (x,))
+
+    expected = torch.vmap(member)(*copy.deepcopy(state))
+    with brn.RenormMonitor(layers[0], every=1) as monitor:
+        assert torch.equal(torch.vmap(member)(*state), expected)
+    assert monitor.readings() == []
 
 
 def test_no_warning_of_limits_on_their_way() -> None:

@@ -594,6 +594,13 @@ BUGS = [
         "pass",
         "test_importers.py::test_ludvb_as_a_layer",
     ),
+    Bug(
+        "the monitor's error in the place of the layer's",
+        "monitor.py",
+        " or x.ndim < 2 or x.shape[1] != C",
+        "",
+        "test_monitor.py::test_errors_are_the_layers_own",
+    ),
 ]
 
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .correction import is_plain_eager, unclipped
@@ -152,7 +153,10 @@ class RenormMonitor:
             return
         if not model.training:
             if not self.steps and not self._untrained:
-                self._untrained = [(name, _is_new(layer)) for name, layer in self.layers().items()]
+                found = self.layers().items()
+                self._untrained = [
+                    (n, _is_new(m)) for n, m in found if not isinstance(m.running_mean, UninitializedBuffer)
+                ]
             return
         if self.steps % self.every == 0:
             if "torch._dynamo" in sys.modules:  # to import it would take a second
@@ -412,7 +416,10 @@ class _Hook:
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(layer, BatchRenorm)
-        x = args[0] if args else kwargs["x"]
+        x = args[0] if args else kwargs.get("x")
+        C = layer.num_features
+        if not isinstance(x, Tensor) or x.ndim < 2 or x.shape[1] != C or torch._C._are_functorch_transforms_active():
+            return  # what the layer refuses it shall say itself; an ensemble under vmap has no numbers to be kept
         mask = args[1] if len(args) > 1 else kwargs.get("mask")
         # Selective checkpointing counts operators in a dispatch mode, and a recomputation is not read: with these of
         # the forward it would take one's result for another's.
