@@ -106,6 +106,12 @@ def test_transposed_convolutions(rank: int) -> None:
     x = torch.randn(2, 3, *[4] * rank)
     folded = brn.fold_batchnorm(model)
     assert len(list(folded.children())) == 2
+    # Of one in groups torch has no folding, so the norm stays.
+    groups = nn.Sequential(type(conv)(4, 4, 2, groups=2), model[1])
+    kept = brn.fold_batchnorm(groups)
+    wide = torch.randn(2, 4, *[4] * rank)
+    assert len(list(kept.children())) == 2
+    assert torch.equal(kept(wide), groups.eval()(wide))
     # Up to 3 * 2**3 products a value.
     torch.testing.assert_close(folded(x), model.eval()(x), rtol=1e-5, atol=24 * 4 * 2**-24 * 4)
 

@@ -268,8 +268,15 @@ def test_ludvb_as_a_layer() -> None:
                 self.register_buffer(k, torch.tensor(state[k]))
 
     _, x, y = recorded("ludvb")
-    layer = brn.convert_renorm(BatchRenorm2d().eval())
+    theirs, calls = BatchRenorm2d().eval(), []
+    handle = theirs.register_forward_hook(lambda *args: calls.append("after"))
+    theirs.register_forward_pre_hook(lambda layer, args, kwargs: calls.append("before"), with_kwargs=True)
+    layer = brn.convert_renorm(theirs)
     assert type(layer) is brn.BatchRenorm2d
+    layer(x)
+    handle.remove()
+    layer(x)
+    assert calls == ["before", "after", "before"]
     assert layer.clip == brn.ClipSchedule()
     assert_inference(layer(x), y, x, layer)
 
@@ -311,6 +318,17 @@ def test_bad_input(change: dict[str, Any], source: str, words: str) -> None:
         brn.import_state_dict(state, source)
     assert "\n" not in str(error.value)
     assert all(torch.equal(v, before[k]) for k, v in state.items())
+
+
+@pytest.mark.parametrize(("source", "key"), [("torchrl", "running_var"), ("ludvb", "running_std")])
+def test_a_spread_below_zero(source: str, key: str) -> None:
+    state = {
+        "running_mean": torch.zeros(3),
+        key: torch.tensor([1.0, -1.0, 1.0]),
+        "num_batches_tracked": torch.tensor(0),
+    }
+    with pytest.raises(ValueError, match=rf"expected {key} >= 0, got -1; it is no average of a spread"):
+        brn.import_state_dict(state, source)
 
 
 def test_a_model_that_mixes_kinds() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import functools
 import io
 import math
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torchvision_shim import allow_torchvision
 
 import batchrenorm as brn
@@ -177,6 +180,73 @@ def test_checkpointing_and_compile() -> None:
         compiled(batch(step))
     assert [(r.step, r.layer) for r in monitor.readings()] == [(0, "1"), (0, "4"), (3, "1"), (3, "4")]
     assert compiled._orig_mod[1].num_batches_tracked == 5
+
+
+def test_selective_checkpointing() -> None:
+    """What it keeps it finds by counting operators; those of a reading are none of the forward's."""
+    aten = torch.ops.aten
+
+    def policy(context: Any, op: Any, *args: Any, **options: Any) -> CheckpointPolicy:
+        kept = (aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.stack.default, aten.sort.default)
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    class Selective(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = brn.BatchRenorm1d(4, clip=brn.ClipSchedule.constant(1.2, 0.3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+            return checkpoint(lambda x: self.norm(x * 2 + 1).tanh(), x, use_reentrant=False, context_fn=contexts)
+
+    x, dy, gradients = torch.randn(16, 4), torch.randn(16, 4), []
+    for watched in (True, False):
+        net, leaf = Selective(), x.clone().requires_grad_()
+        monitor = brn.RenormMonitor(net, every=1) if watched else None
+        net(leaf).backward(dy)
+        gradients.append(leaf.grad)
+        if monitor is not None:
+            assert len(monitor.readings()) == 1
+    assert torch.equal(*gradients)
+
+
+def test_errors_are_the_layers_own() -> None:
+    net = nn.Sequential(brn.BatchRenorm1d(3))
+    with brn.RenormMonitor(net, every=1):
+        for x in (torch.randn(4, 5), torch.randn(3), [1.0]):
+            with pytest.raises((TypeError, ValueError), match=r"^expected "):
+                net(x)
+
+
+def test_lazy_layers_and_ensembles() -> None:
+    """Neither has averages that could be read: the one not yet, the other under vmap."""
+    lazy = nn.Sequential(brn.LazyBatchRenorm1d())
+    with brn.RenormMonitor(lazy, every=1) as monitor:
+        lazy.eval()(torch.randn(8, 3))
+        lazy.train()(torch.randn(8, 3))
+    assert [r.step for r in monitor.readings()] == [0]
+
+    layers = [brn.BatchRenorm1d(3) for _ in range(2)]
+    state = torch.func.stack_module_state(layers)
+    x = torch.randn(8, 3)
+
+    def member(parameters: Any, buffers: Any) -> Tensor:
+        return torch.func.functional_call(layers[0], (parameters, buffers), (x,))
+
+    expected = torch.vmap(member)(*copy.deepcopy(state))
+    with brn.RenormMonitor(layers[0], every=1) as monitor:
+        assert torch.equal(torch.vmap(member)(*state), expected)
+    assert monitor.readings() == []
+
+
+def test_no_warning_of_limits_on_their_way() -> None:
+    layer = brn.BatchRenorm1d(8, clip=brn.ClipSchedule(1.3, 0.4, 1, 3, 4))
+    model = nn.Sequential(layer)
+    with brn.RenormMonitor(model, every=1) as monitor:
+        for step in range(5):
+            assert not [w for w in monitor.warnings() if w.startswith(("r clipped", "training"))], step
+            model(torch.randn(16, 8) * 7)
+        assert [w for w in monitor.warnings() if w.startswith("r clipped in 100% of channels of 0: raise r_max")]
 
 
 def test_warnings() -> None:

@@ -566,6 +566,41 @@ BUGS = [
         "part = (t + 1 - start).to",
         TRITON + "test_limits_are_the_schedules",
     ),
+    Bug(
+        "a reading among the operators that selective checkpointing counts",
+        "monitor.py",
+        "with _disable_current_modes():",
+        "if True:",
+        "test_monitor.py::test_selective_checkpointing",
+    ),
+    Bug(
+        "limits on their way taken for the last",
+        "monitor.py",
+        "if not isinstance(clip, ClipSchedule):",
+        "if True:",
+        "test_monitor.py::test_no_warning_of_limits_on_their_way",
+    ),
+    Bug(
+        "a transposed convolution in groups folded",
+        "export.py",
+        " and layer.groups == 1",
+        "",
+        "test_export.py::test_transposed_convolutions",
+    ),
+    Bug(
+        "hooks left behind with the layer that is replaced",
+        "importers.py",
+        "new.__dict__[name] = hooks",
+        "pass",
+        "test_importers.py::test_ludvb_as_a_layer",
+    ),
+    Bug(
+        "the monitor's error in the place of the layer's",
+        "monitor.py",
+        " or x.ndim < 2 or x.shape[1] != C",
+        "",
+        "test_monitor.py::test_errors_are_the_layers_own",
+    ),
 ]
 
 

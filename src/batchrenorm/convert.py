@@ -106,7 +106,8 @@ def convert_batchnorm(
         clip: limits as a function of the step; the step goes on from `num_batches_tracked`. None is the paper's
             `ClipSchedule()` for new layers, and `ClipSchedule.constant()`, without warm-up, for layers whose averages
             are trained (not all 0 and 1): the log says how many. Warm-up would train these as batch norm for
-            5,000 steps again, since checkpoints often hold 0 for the step.
+            5,000 steps again, since checkpoints often hold 0 for the step. The choice is no state: to resume such a
+            training give `clip` itself, or the checkpoint will be loaded into new layers that warm up.
         momentum: weight of the new value in the averages; the paper's 0.01 rather than the layer's own, which was
             chosen for averages that training does not use. None for the cumulative mean.
         microbatch_size: see `BatchRenorm`.

@@ -68,7 +68,8 @@ def fold_batchnorm(model: nn.Module, *example: Tensor) -> fx.GraphModule:
         norm, layer = modules[node.target], modules[before.target]
         if type(norm) not in _NORMS or norm.running_mean is None or calls[norm] > 1 or calls[layer] > 1:
             continue
-        if type(layer) in (*_CONVOLUTIONS, *_TRANSPOSED):
+        # torch folds no transposed convolution in groups.
+        if type(layer) in _CONVOLUTIONS or (type(layer) in _TRANSPOSED and layer.groups == 1):
             folded = fuse_conv_bn_eval(layer, norm, transpose=type(layer) in _TRANSPOSED)
         elif type(layer) is nn.Linear and ranks.get(before) == 2:
             folded = fuse_linear_bn_eval(layer, norm)

@@ -157,10 +157,14 @@ def _state(
 ) -> dict[str, Tensor]:
     """The five keys of one layer. In float64, since sigma² - eps of a small sigma is a difference."""
     spread = _tensor(spread)
+    if bool((spread < 0).any()):
+        raise ValueError(
+            f"expected {prefix}{layout.spread} >= 0, got {spread.min().item():.3g}; it is no average of a spread"
+        )
     square = spread.double().square() if is_std else spread.double() + shift
     # A variance that needs no shift keeps its bits.
     variance = spread.clone() if not is_std and shift == eps else (square - eps).to(spread.dtype)
-    if bool((variance < 0).any()) and not bool((spread < 0).any()):
+    if bool((variance < 0).any()):
         raise ValueError(
             f"expected sigma² >= eps = {eps} in every channel of {prefix}{layout.spread}, "
             f"got {square.min().item():.3g}; "
@@ -273,8 +277,8 @@ def convert_renorm(model: nn.Module, *, clip: Clip | None = None) -> nn.Module:
 
     Inference is unchanged to a rounding. Weight and bias stay the same parameters, so an optimiser goes on with its
     state (not Avalanche's, whose ``(1, C, 1, 1)`` parameters become new ones); training flag, device, dtype, eps,
-    momentum and step go along. The classes are recognised by module and name, so none of the packages is imported. A
-    Keras layer (renorm or not, channels in dimension 1) or a Chainer link by itself returns a `BatchRenorm`.
+    momentum, step and hooks go along. The classes are recognised by module and name, so none of the packages is
+    imported. A Keras layer (renorm or not, channels in dimension 1) or a Chainer link alone becomes a `BatchRenorm`.
 
     Args:
         model: a model, or one layer.
@@ -371,6 +375,9 @@ def _made(layer: Any, source: str, clip: Clip | None) -> BatchRenorm:
     new.load_state_dict(state, strict=False)
     if affine:
         new.weight, new.bias = weight, bias
+    for name, hooks in vars(layer).items():
+        if name.startswith(("_forward", "_backward")) and "_hooks" in name:
+            new.__dict__[name] = hooks  # itself, by which the hooks' handles remove them
     return new.train(layer.training)
 
 

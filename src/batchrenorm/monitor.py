@@ -22,10 +22,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .correction import is_plain_eager, unclipped
 from .functional import choose
 from .modules import BatchRenorm
+from .schedule import ClipSchedule
 
 
 class Reading(NamedTuple):
@@ -150,7 +153,10 @@ class RenormMonitor:
             return
         if not model.training:
             if not self.steps and not self._untrained:
-                self._untrained = [(name, _is_new(layer)) for name, layer in self.layers().items()]
+                found = self.layers().items()
+                self._untrained = [
+                    (n, _is_new(m)) for n, m in found if not isinstance(m.running_mean, UninitializedBuffer)
+                ]
             return
         if self.steps % self.every == 0:
             if "torch._dynamo" in sys.modules:  # to import it would take a second
@@ -246,6 +252,7 @@ class RenormMonitor:
                     f"{name} was not reached in training mode: its averages stay; call train(), or leave it so"
                 )
         all_readings = self.readings()
+        clips = {name: layer.clip for name, layer in self.layers().items()}
         for name, now in latest.items():
             drifts = [(r.mu_drift, r.sigma_drift) for r in all_readings if r.layer == name and r.mu_drift == r.mu_drift]
             if drifts and not any(m or s for m, s in drifts):
@@ -253,12 +260,13 @@ class RenormMonitor:
             elif now.mu_drift > _DRIFT_MUCH or now.sigma_drift > _DRIFT_MUCH:
                 worst = max(now.mu_drift, now.sigma_drift)
                 found.append(f"averages of {name} move by {worst:.2g} sigma per step: lower momentum or learning rate")
-            # Limits of batch norm clip all there is: that is their purpose.
-            if now.d_limit > 0 and now.d_clipped > _CLIPPED_MUCH:
+            # Limits of batch norm clip all there is, and limits on their way to the last a part: that is their purpose.
+            r_open, d_open = _open(clips[name], now)
+            if d_open and now.d_clipped > _CLIPPED_MUCH:
                 found.append(f"d clipped in {now.d_clipped:.0%} of channels of {name}: raise d_max or momentum")
-            if now.r_limit > 1 and now.r_clipped > _CLIPPED_MUCH:
+            if r_open and now.r_clipped > _CLIPPED_MUCH:
                 found.append(f"r clipped in {now.r_clipped:.0%} of channels of {name}: raise r_max or momentum")
-            if now.d_limit > 0 and now.r_limit > 1 and now.gap > _GAP_MUCH:
+            if r_open and d_open and now.gap > _GAP_MUCH:
                 found.append(
                     f"training and inference outputs of {name} are {now.gap:.2g} apart (root mean square, 1 is the "
                     "output's spread): open the limits, or raise momentum"
@@ -408,9 +416,24 @@ class _Hook:
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(layer, BatchRenorm)
-        x = args[0] if args else kwargs["x"]
+        x = args[0] if args else kwargs.get("x")
+        C = layer.num_features
+        if not isinstance(x, Tensor) or x.ndim < 2 or x.shape[1] != C or torch._C._are_functorch_transforms_active():
+            return  # what the layer refuses it shall say itself; an ensemble under vmap has no numbers to be kept
         mask = args[1] if len(args) > 1 else kwargs.get("mask")
-        self.monitor._read(self.name, layer, x, mask)
+        # Selective checkpointing counts operators in a dispatch mode, and a recomputation is not read: with these of
+        # the forward it would take one's result for another's.
+        with _disable_current_modes():
+            self.monitor._read(self.name, layer, x, mask)
+
+
+def _open(clip: Any, now: Reading) -> tuple[bool, bool]:
+    """Whether the limits of r and of d are the schedule's last; of another function, whether they are not closed."""
+    if not isinstance(clip, ClipSchedule):
+        return now.r_limit > 1, now.d_limit > 0
+    # A reading is in float32.
+    r_open, d_open = now.r_limit >= clip.r_max * (1 - 1e-6), now.d_limit >= clip.d_max * (1 - 1e-6)
+    return r_open and clip.r_max > 1, d_open and clip.d_max > 0
 
 
 def _is_new(layer: BatchRenorm) -> Tensor:
