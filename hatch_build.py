@@ -56,7 +56,7 @@ def compile_in(package: Path) -> None:
     """
     variants = {"default": []}
     if platform.machine().lower() in ("x86_64", "amd64"):
-        variants["avx2"] = ["-mavx2"]
+        variants["avx2"] = ["-mavx2", "-mf16c"]
     libraries = {package / f"native_{name}.so": flags for name, flags in variants.items()}
     for library in libraries:
         library.unlink(missing_ok=True)  # none rather than one of older sources
