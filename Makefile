@@ -35,7 +35,7 @@ $(VENV)/.%: pyproject.toml constraints.txt $(SOURCES_OF_LIBRARY)
 
 comma := ,
 
-readme:  ## the tables in README.md, EXPERIMENTS.md and BENCHMARKS.md, and the report, from the committed results
+readme:  ## tables of README.md, EXPERIMENTS.md, BENCHMARKS.md, plots and report, from the committed results
 	for preset in digits omniglot fashion-mnist; do \
 	  $(BIN)/batchrenorm report results/$$preset --output results/report.html >/dev/null || exit; done
 	$(BIN)/batchrenorm report results/digits --into README.md
@@ -44,6 +44,7 @@ readme:  ## the tables in README.md, EXPERIMENTS.md and BENCHMARKS.md, and the r
 	$(BIN)/batchrenorm report results/omniglot results/fashion-mnist results/digits --output results/report.html
 	$(BIN)/python -m benchmarks table --headline --into README.md
 	$(BIN)/python -m benchmarks table --into BENCHMARKS.md
+	$(BIN)/python -m benchmarks plot
 
 clean:
 	rm -rf $(VENV) runs site
