@@ -256,3 +256,28 @@ def test_any_batch_without_iterating() -> None:
     one = brn.LabelGroupBatchSampler(labels, 2, 3, num_batches=5, seed=4)
     assert [one.batch(i) for i in range(5)] == list(brn.LabelGroupBatchSampler(labels, 2, 3, num_batches=5, seed=4))
     assert one.state_dict()["next"] == 0
+
+
+@pytest.mark.parametrize("images", [20, 700], ids=["by keys", "drawn again"])
+def test_images_of_a_label_differ_and_are_drawn_equally_often(images: int) -> None:
+    """Both ways of drawing, with two sizes of label, so that none reaches over the end of its own."""
+    labels = torch.tensor([0] * images + [1] * (images - 3))
+    sampler = brn.LabelGroupBatchSampler(labels, 4, 10, num_batches=500)
+    seen = torch.zeros(len(labels))
+    firsts = torch.zeros(len(labels))
+    for batch in sampler:
+        for first in range(0, 40, 10):
+            own = batch[first : first + 10]
+            assert len(set(own)) == 10
+            assert len(set(labels[own].tolist())) == 1
+            seen[own] += 1
+            firsts[own[0]] += 1
+    for part, total in ((seen, 20_000), (firsts, 2_000)):
+        for label in (0, 1):
+            found = part[labels == label]
+            expected = found.sum() / len(found)
+            statistic = ((found - expected) ** 2 / expected).sum()
+            # chi-squared has mean len - 1 and variance 2 (len - 1); 5 standard deviations, and the seed is fixed.
+            # Without replacement the counts vary less than those of independent draws, never more.
+            assert statistic < len(found) + 5 * (2 * len(found)) ** 0.5
+        assert part.sum() == total

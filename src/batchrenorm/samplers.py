@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -127,14 +128,27 @@ class LabelGroupBatchSampler(Sampler[list[int]]):
         """The minibatch at this place of the epoch, without moving the iteration."""
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {self.epoch} {index}").getrandbits(63))
         batch: list[int] = []
-        most = int(self._counts.max())
         for _ in range(self.sets_per_batch):
             labels = torch.randint(len(self._counts), (self.labels_per_batch,), generator=generator)
-            # The images with the smallest of random keys: any of them, in any order. A float64 has no equals.
-            keys = torch.rand(len(labels), most, generator=generator, dtype=torch.float64)
-            keys.masked_fill_(torch.arange(most) >= self._counts[labels, None], 2.0)
-            drawn = keys.topk(self.images_per_label, largest=False).indices
+            drawn = self._different(self._counts[labels, None], generator)
             drawn = self._order[drawn + self._first[labels, None]]
             # (labels, parts, images of a label in a part) -> parts first
             batch += drawn.unflatten(1, (self.spread, -1)).transpose(0, 1).flatten().tolist()
         return batch
+
+    def _different(self, counts: Tensor, generator: torch.Generator) -> Tensor:
+        """``(labels, images_per_label)`` different numbers below each count, all choices and orders alike."""
+        k, most = self.images_per_label, int(counts.max())
+        uniform = functools.partial(torch.rand, generator=generator, dtype=torch.float64)
+        if most <= 32 * k:
+            # Those with the smallest of random keys; a float64 has no equals.
+            keys = uniform(len(counts), most).masked_fill_(torch.arange(most) >= counts, 2.0)
+            return keys.topk(k, largest=False).indices
+        # With so many to choose from hardly ever two are the same; then all of this label are drawn again.
+        drawn = (uniform(len(counts), k) * counts).long()
+        while True:
+            ordered = drawn.sort(1).values
+            again = (ordered[:, 1:] == ordered[:, :-1]).any(1)
+            if not again.any():
+                return drawn
+            drawn[again] = (uniform(int(again.sum()), k) * counts[again]).long()
