@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,12 @@ class CustomBuildHook(BuildHookInterface):
             build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
 
 
-def compile_in(package: Path) -> None:
+def compile_in(package: Path, more: Sequence[str] = ()) -> None:
     """Make the shared libraries that `batchrenorm.library` loads, all of them or none.
+
+    Args:
+        package: directory of the package.
+        more: flags after the usual ones.
 
     Raises:
         OSError: there is no compiler.
@@ -65,7 +70,7 @@ def compile_in(package: Path) -> None:
     try:
         for library, flags in libraries.items():
             sources = [str(package / source) for source in SOURCES]
-            subprocess.run([*compiler, *FLAGS, *flags, *sources, "-o", str(library), "-lm"], check=True)
+            subprocess.run([*compiler, *FLAGS, *flags, *more, *sources, "-o", str(library), "-lm"], check=True)
     except (OSError, subprocess.CalledProcessError):
         for library in libraries:
             library.unlink(missing_ok=True)
@@ -73,4 +78,4 @@ def compile_in(package: Path) -> None:
 
 
 if __name__ == "__main__":
-    compile_in(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "src" / "batchrenorm")
+    compile_in(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "src" / "batchrenorm", sys.argv[2:])
