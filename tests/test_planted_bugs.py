@@ -359,7 +359,7 @@ BUGS = [
     Bug(
         "memory read in an order that it does not have",
         "backends/native.py",
-        "grad = _as_laid_out(grad, x)",
+        "grad = as_laid_out(grad, x)",
         "pass",
         EXACT + "test_layouts",
     ),

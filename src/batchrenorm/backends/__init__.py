@@ -42,3 +42,17 @@ class Shared(NamedTuple):
             (add_up(torch.cat([mean_grad, var_grad]), self.replicas) / self.total).to(a.dtype).chunk(2)
         )
         return 2 * var_grad, mean_grad
+
+
+def in_order(x: Tensor) -> Tensor:
+    """With the elements in memory as NC* or N*C, whichever is nearer, and as they are."""
+    if x.is_neg():
+        x = x.resolve_neg()
+    if x.is_contiguous():
+        return x
+    return x.contiguous(memory_format=torch._prims_common.suggest_memory_format(x))
+
+
+def as_laid_out(t: Tensor, x: Tensor) -> Tensor:
+    """With its elements in memory where those of x are, which is `in_order`."""
+    return in_order(t) if t.stride() == x.stride() else torch.empty_like(x).copy_(t)

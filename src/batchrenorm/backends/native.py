@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..library import LIBRARY, PARALLEL, PASS
-from . import Moments, Shared, decomposed
+from . import Moments, Shared, as_laid_out, decomposed, in_order
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # TYPES in native.c
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -35,7 +35,7 @@ def moments(x: Tensor, eps: float, size: int, mask: Tensor | None = None) -> Mom
     if mask is not None:
         raise ValueError("expected mask=None with backend='native', got a mask; use backend=None or 'decomposed'")
     statistics = vectors(x, size)
-    x = _in_order(x.detach())  # the derivative is in _Affine
+    x = in_order(x.detach())  # the derivative is in _Affine
     _run("brn_moments", x, statistics, eps, size)
     mean, var, std, _, _ = statistics.chunk(5) if size < x.shape[0] else statistics
     return mean, var, std
@@ -95,10 +95,10 @@ class _Affine(torch.autograd.Function):
         constants: tuple[Any, ...],
     ) -> Tensor:
         statistics, eps, size, relu, between, shared = constants
-        given, x = x, _in_order(x)
+        given, x = x, in_order(x)
         y = torch.empty_like(x)
         w, b = _vector(weight, statistics), _vector(bias, statistics)
-        passed = None if residual is None else _as_laid_out(residual, x)
+        passed = None if residual is None else as_laid_out(residual, x)
         _run("brn_affine", x, statistics, eps, size, None, y, w, b, residual=passed, relu=relu, between=between)
         # With a residual the ReLU's mask cannot be had from x; the output is kept by whatever takes it anyway.
         ctx.save_for_backward(given, weight, bias, y if relu and residual is not None else None)
@@ -116,8 +116,8 @@ class _Affine(torch.autograd.Function):
             scale, shift = (v if groups > 1 else v[0] for v in statistics[: 5 * groups].chunk(5)[3:])
             vectors = scale, shift, weight, bias
             return *decomposed.gradients(needs, grad, x, eps, *vectors, size, y, relu, shared), None
-        x = _in_order(x)
-        grad = _as_laid_out(grad, x)
+        x = in_order(x)
+        grad = as_laid_out(grad, x)
         gx = torch.empty_like(x) if need_x else None
         gw = torch.empty_like(weight, dtype=statistics.dtype) if need_weight else None
         gb = torch.empty_like(bias, dtype=statistics.dtype) if need_bias else None
@@ -228,20 +228,6 @@ def _run(
     failed = getattr(LIBRARY, name)(packed) if between is None else LIBRARY.brn_forward(packed, *between)  # type: ignore
     if failed:
         raise MemoryError("expected memory for vectors of length C, got none; use smaller tensors")
-
-
-def _in_order(x: Tensor) -> Tensor:
-    """With the elements in memory as NC* or N*C, whichever is nearer, and as they are."""
-    if x.is_neg():
-        x = x.resolve_neg()
-    if x.is_contiguous():
-        return x
-    return x.contiguous(memory_format=torch._prims_common.suggest_memory_format(x))
-
-
-def _as_laid_out(t: Tensor, x: Tensor) -> Tensor:
-    """With its elements in memory where those of x are, which is `_in_order`."""
-    return _in_order(t) if t.stride() == x.stride() else torch.empty_like(x).copy_(t)
 
 
 def _vector(vector: Tensor | None, like: Tensor) -> Tensor | None:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..schedule import ClipSchedule
-from . import Moments, decomposed
+from . import Moments, as_laid_out, decomposed, in_order
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -103,7 +103,7 @@ def _kernels() -> ModuleType:
 def moments(x: Tensor, eps: float, size: int, mask: Tensor | None = None) -> Moments:
     if mask is not None:
         raise ValueError("expected mask=None with backend='triton', got a mask; use backend=None or 'decomposed'")
-    x = _in_order(x.detach())  # the derivative is in _Affine
+    x = in_order(x.detach())  # the derivative is in _Affine
     passes = _Passes.of(x, size)
     vectors = passes.vectors(x)
     _statistics(passes, x, vectors, eps, None)
@@ -152,11 +152,11 @@ class _Affine(torch.autograd.Function):
         constants: tuple[Any, ...],
     ) -> Tensor:
         vectors, eps, size, relu, averages = constants
-        given, x = x, _in_order(x)
+        given, x = x, in_order(x)
         passes = _Passes.of(x, size)
         # All memory before the first launch: nothing moves if there is not enough.
         y = torch.empty_like(x)
-        passed = None if residual is None else _as_laid_out(residual, x)
+        passed = None if residual is None else as_laid_out(residual, x)
         w, b = _contiguous(weight), _contiguous(bias)
         with _on(x):
             if vectors is not None:
@@ -186,8 +186,8 @@ class _Affine(torch.autograd.Function):
         if torch.is_grad_enabled():  # under create_graph: this gradient may be differentiated again
             scale, shift = vectors[3:] if vectors.shape[1] > 1 else vectors[3:, 0]
             return *decomposed.gradients(needs, dy, x, eps, scale, shift, weight, bias, size, y, relu), None
-        x = _in_order(x)
-        dy = _as_laid_out(dy, x)
+        x = in_order(x)
+        dy = as_laid_out(dy, x)
         if need_residual and not (relu or need_x or need_weight or need_bias):
             return None, None, None, dy, None
         passes = _Passes.of(x, size)
@@ -346,20 +346,6 @@ class _Nowhere:
 
 
 _NOWHERE = _Nowhere()
-
-
-def _in_order(x: Tensor) -> Tensor:
-    """With the elements in memory as NC* or N*C, whichever is nearer, and as they are."""
-    if x.is_neg():
-        x = x.resolve_neg()
-    if x.is_contiguous():
-        return x
-    return x.contiguous(memory_format=torch._prims_common.suggest_memory_format(x))
-
-
-def _as_laid_out(t: Tensor, x: Tensor) -> Tensor:
-    """With its elements in memory where those of x are, which is `_in_order`."""
-    return _in_order(t) if t.stride() == x.stride() else torch.empty_like(x).copy_(t)
 
 
 def _contiguous(vector: Tensor | None) -> Tensor | None:
