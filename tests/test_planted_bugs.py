@@ -261,8 +261,8 @@ BUGS = [
     Bug(
         "labels drawn without replacement",
         "samplers.py",
-        "torch.randint(len(self._counts), (self.labels_per_batch,), generator=generator)",
-        "torch.randperm(len(self._counts), generator=generator)[: self.labels_per_batch]",
+        "[int(uniform() * len(self._ranges)) for _ in range(self.labels_per_batch)]",
+        "_different(0, len(self._ranges), self.labels_per_batch, uniform)",
         "test_samplers.py::test_sixteen_labels_twice",
     ),
     Bug(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ class LabelGroupBatchSampler(Sampler[list[int]]):
         >>> labels = [0] * 5 + [1] * 5 + [2] * 5
         >>> sampler = LabelGroupBatchSampler(labels, labels_per_batch=2, images_per_label=3, num_batches=4)
         >>> [[labels[i] for i in batch] for batch in sampler][0]
-        [2, 2, 2, 0, 0, 0]
+        [0, 0, 0, 2, 2, 2]
 
     Source: section 4.3.
     """
@@ -84,7 +83,7 @@ class LabelGroupBatchSampler(Sampler[list[int]]):
                 f"of label {int(names[rare])}; leave rare labels out or draw fewer images"
             )
         self._order = order  # the images of a label side by side
-        self._first, self._counts = counts.cumsum(0) - counts, counts
+        self._ranges = list(zip((counts.cumsum(0) - counts).tolist(), counts.tolist()))  # first place, count
         self.labels_per_batch = labels_per_batch
         self.images_per_label = images_per_label
         self.sets_per_batch = sets_per_batch
@@ -126,29 +125,23 @@ class LabelGroupBatchSampler(Sampler[list[int]]):
 
     def batch(self, index: int) -> list[int]:
         """The minibatch at this place of the epoch, without moving the iteration."""
-        generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {self.epoch} {index}").getrandbits(63))
-        batch: list[int] = []
+        # Numbers from `random()` alone: that method's sequence is the same in every version of Python. Operators on
+        # tensors would take longer than all draws, and than a tenth of a small net's step.
+        uniform = random.Random(f"{self.seed} {self.epoch} {index}").random
+        part = self.images_per_label // self.spread
+        places: list[int] = []
         for _ in range(self.sets_per_batch):
-            labels = torch.randint(len(self._counts), (self.labels_per_batch,), generator=generator)
-            drawn = self._different(self._counts[labels, None], generator)
-            drawn = self._order[drawn + self._first[labels, None]]
-            # (labels, parts, images of a label in a part) -> parts first
-            batch += drawn.unflatten(1, (self.spread, -1)).transpose(0, 1).flatten().tolist()
-        return batch
+            labels = [int(uniform() * len(self._ranges)) for _ in range(self.labels_per_batch)]
+            drawn = [_different(*self._ranges[label], self.images_per_label, uniform) for label in labels]
+            for begin in range(0, self.images_per_label, part):
+                for images in drawn:
+                    places += images[begin : begin + part]
+        return self._order[places].tolist()  # type: ignore[no-any-return]
 
-    def _different(self, counts: Tensor, generator: torch.Generator) -> Tensor:
-        """``(labels, images_per_label)`` different numbers below each count, all choices and orders alike."""
-        k, most = self.images_per_label, int(counts.max())
-        uniform = functools.partial(torch.rand, generator=generator, dtype=torch.float64)
-        if most <= 32 * k:
-            # Those with the smallest of random keys; a float64 has no equals.
-            keys = uniform(len(counts), most).masked_fill_(torch.arange(most) >= counts, 2.0)
-            return keys.topk(k, largest=False).indices
-        # With so many to choose from hardly ever two are the same; then all of this label are drawn again.
-        drawn = (uniform(len(counts), k) * counts).long()
-        while True:
-            ordered = drawn.sort(1).values
-            again = (ordered[:, 1:] == ordered[:, :-1]).any(1)
-            if not again.any():
-                return drawn
-            drawn[again] = (uniform(int(again.sum()), k) * counts[again]).long()
+
+def _different(first: int, count: int, k: int, uniform: Callable[[], float]) -> list[int]:
+    """k different ones of `count` numbers from `first` on, all choices and orders alike."""
+    drawn: dict[int, None] = {}  # in the order of drawing
+    while len(drawn) < k:
+        drawn[first + int(uniform() * count)] = None
+    return list(drawn)
