@@ -136,7 +136,7 @@ class LabelGroupBatchSampler(Sampler[list[int]]):
             for begin in range(0, self.images_per_label, part):
                 for images in drawn:
                     places += images[begin : begin + part]
-        return self._order[places].tolist()  # type: ignore[no-any-return]
+        return self._order[places].tolist()
 
 
 def _different(first: int, count: int, k: int, uniform: Callable[[], float]) -> list[int]:
