@@ -21,7 +21,7 @@ try:
 except ImportError:  # in place, outside of a build
     BuildHookInterface = object
 
-SOURCES = ("backends/native.c", "correction.c")
+SOURCES = ("backends/native.c", "correction.c", "moving.c")
 # No contraction: results do not depend on whether the processor can multiply and add at once.
 FLAGS = (
     "-O3",

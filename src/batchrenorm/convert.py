@@ -27,6 +27,7 @@ from .modules import (
     LazyBatchRenorm1d,
     LazyBatchRenorm2d,
     LazyBatchRenorm3d,
+    check_gradient,
 )
 from .replicas import WORLD, group_called
 from .schedule import ClipSchedule
@@ -91,6 +92,7 @@ def convert_batchnorm(
     microbatch_size: int | None = None,
     process_group: object | None = None,
     fuse_relu: bool = False,
+    gradient: str = "microbatch",
     where: Callable[[str, nn.Module], bool] | None = None,
 ) -> Model:
     """Turn every batch-norm layer of a model into Batch Renormalization, in place.
@@ -115,6 +117,7 @@ def convert_batchnorm(
             has none.
         fuse_relu: where a `nn.Sequential` has a `nn.ReLU` right after the layer, let the layer do it in its own pass
             over memory. The ReLU stays in its place as a `FusedReLU`, which passes on what it gets.
+        gradient: see `BatchRenorm`. Layers without averages keep the microbatch's.
         where: ``where(name, layer) -> bool`` picks the layers; None picks all.
 
     Returns:
@@ -131,6 +134,7 @@ def convert_batchnorm(
     check_settings(0.0 if momentum is None else momentum, 0.0, 1.0, 0.0, microbatch_size, process_group, None, None)
     if clip is not None and not callable(clip):
         raise TypeError(f"expected clip to be a ClipSchedule, got {clip!r}; a constant is ClipSchedule.constant(r, d)")
+    check_gradient(gradient, ClipSchedule() if clip is None else clip, True)
     trained = 0
     for name, layer in list(model.named_modules()):
         if where is not None and not where(name, layer):
@@ -155,6 +159,7 @@ def convert_batchnorm(
         layer.process_group = own_group if process_group is None else process_group
         layer.activation = None
         layer._layer = name_of_history()
+        layer._set_gradient(gradient if layer.running_mean is not None else "microbatch")
     if trained:
         log.info("%d layers have trained averages, so their limits are open from the first step: no warm-up", trained)
     if fuse_relu:
@@ -248,7 +253,9 @@ def to_batchnorm(model: Model) -> Model:
         if type(module) is BatchRenormAct2d:
             del module._was
         module.__class__ = norm
-        for attribute in ("clip", "microbatch_size", "activation", "_layer"):
+        if module.gradient == "moving":
+            del module.gradient_mean, module.gradient_slope
+        for attribute in ("clip", "microbatch_size", "activation", "gradient", "_layer"):
             delattr(module, attribute)
         if norm is not nn.SyncBatchNorm:
             delattr(module, "process_group")

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from .backends import aten, native, triton
 from .library import CORRECT, LIBRARY, STEP
+from .moving import Moving
 
 PENDING_FORWARDS = 64
 """How many forwards of one layer may wait for backwards that recompute (a pipeline keeps several in flight)."""
@@ -44,9 +45,10 @@ def correct(
     eps: float,
     r_max: float | Tensor,
     d_max: float | Tensor,
+    own: float | Tensor = 1.0,
     layer: Tensor,
     plain: bool,
-) -> tuple[Tensor, Tensor, Move]:
+) -> tuple[Tensor, Tensor, float | Tensor, Move]:
     """r and d from the averages before the step, and the move of the averages, for when nothing can fail any more.
 
     Args:
@@ -58,25 +60,27 @@ def correct(
         share: ``(G,)`` weights of the microbatches in the update, summing to 1; None is equal weights.
         alpha, r_max, d_max: floats or 0-d tensors.
         eps: epsilon.
+        own: of the moving gradient, which depends on the step, as the limits do.
         layer: any tensor whose storage lives as long as the layer and is never written: the name of its history.
         plain: `is_plain_eager`.
 
     Returns:
-        ``(r, d, move)``, r and d like mu_B.
+        ``(r, d, own, move)``, r and d like mu_B; in a recomputation own is that of the forward that it repeats.
     """
     # Under a compiler, a transform or a dispatch mode the operator stands in for its body; in plain eager it would only
     # add its dispatch, about as much as all the arithmetic here.
     if plain:
-        use = _used_averages(mu_B, sigma_B, running_mean, running_var, share, eps, r_max, d_max, layer)
+        use = _used_averages(mu_B, sigma_B, running_mean, running_var, share, eps, Limits(r_max, d_max, own), layer)
         r, d = _r_d(mu_B, sigma_B, use)
+        own = use.limits.own
         if use.repeated:
-            return r, d, _stay
+            return r, d, own, _stay
         # All small operators in one go, before the second heavy pass takes the caches again.
         new_mean, new_var = _moved(running_mean, running_var, use, alpha, eps)
         new_step = None
     else:
-        limits = torch.stack([_as_scalar(v, mu_B) for v in (alpha, r_max, d_max)])
-        r, d, new_mean, new_var, new_step = torch.ops.batchrenorm.correct(
+        limits = torch.stack([_as_scalar(v, mu_B) for v in (alpha, r_max, d_max, own)])
+        r, d, own, new_mean, new_var, new_step = torch.ops.batchrenorm.correct(
             mu_B, sigma_B, running_mean, running_var, step, share, limits, eps, layer
         )
 
@@ -86,7 +90,7 @@ def correct(
         if step is not None:
             step.add_(aten.as_tensor(1)) if new_step is None else step.copy_(new_step)
 
-    return r, d, move
+    return r, d, own, move
 
 
 def in_one_call(
@@ -104,6 +108,7 @@ def in_one_call(
     layer: Tensor,
     residual: Tensor | None,
     activation: str | None,
+    moving: Moving | None = None,
 ) -> Tensor:
     """The whole training step with `backends.native`: moments, `correction.c` for `correct`, affine, move.
 
@@ -128,13 +133,14 @@ def in_one_call(
         d_max,
     )
     node = _node_of_this_forward()
-    y = native.forward(x, weight, bias, residual, activation, vectors, eps, size, (CORRECT, packed))
+    y = native.forward(x, weight, bias, residual, activation, vectors, eps, size, moving, (CORRECT, packed))
     if _may_be_repeated():
         # To be found by, so as a recomputation will compute it, to the last bit.
         mean = vectors[0] if groups == 1 else vectors[:groups].mean(0)
         sigma = vectors[5 * groups + 2]
         history = _history(layer)
-        history.record(history.forwards, mean, running_mean.clone(), sigma, r_max, d_max, node)
+        limits = Limits(r_max, d_max, 1.0 if moving is None else moving.own)
+        history.record(history.forwards, mean, running_mean.clone(), sigma, limits, node)
     LIBRARY.brn_move(packed)  # type: ignore[union-attr]
     # What writes through a pointer has to tell autograd.
     written = (running_mean, running_var) if step is None else (running_mean, running_var, step)
@@ -168,9 +174,10 @@ def in_two_launches(
     residual: Tensor | None,
     activation: str | None,
     averages: triton.Averages,
+    moving: Moving | None = None,
 ) -> Tensor:
     """The whole training step with `backends.triton`, `correction_triton.py` for `correct`; it leaves no history."""
-    y = triton.in_two_launches(x, weight, bias, eps, size, residual, activation, averages)
+    y = triton.in_two_launches(x, weight, bias, eps, size, residual, activation, averages, moving)
     written = tuple(t for t in averages[:3] if t is not None)
     torch.autograd.graph.increment_version(written)
     return y
@@ -196,13 +203,20 @@ def _stay() -> None:
     """A recomputation moves nothing."""
 
 
+class Limits(NamedTuple):
+    """What depends on the step."""
+
+    r_max: float | Tensor
+    d_max: float | Tensor
+    own: float | Tensor = 1.0  # `Moving.own`
+
+
 class _Use(NamedTuple):
     mean: Tensor  # (C,) of the minibatch, over all its microbatches
     std: Tensor  # (C,)
     mu: Tensor  # (C,) the averages that r and d are to be computed from
     sigma: Tensor  # (C,)
-    r_max: float | Tensor
-    d_max: float | Tensor
+    limits: Limits
     repeated: bool
 
 
@@ -213,8 +227,7 @@ def _used_averages(
     running_var: Tensor,
     share: Tensor | None,
     eps: float,
-    r_max: float | Tensor,
-    d_max: float | Tensor,
+    limits: Limits,
     layer: Tensor,
 ) -> _Use:
     # With several microbatches one update by the mean of their means and of their sigmas: sigma stays E[sigma_B].
@@ -234,8 +247,8 @@ def _used_averages(
     if _may_be_repeated():
         mu = mu.clone() if mu is running_mean else mu  # the caller will write it
         history = _history(layer)
-        history.record(history.forwards, mean, mu, sigma, r_max, d_max, _node_of_this_forward())
-    return _Use(mean, std, mu, sigma, r_max, d_max, False)
+        history.record(history.forwards, mean, mu, sigma, limits, _node_of_this_forward())
+    return _Use(mean, std, mu, sigma, limits, False)
 
 
 def _may_be_repeated() -> bool:
@@ -245,8 +258,9 @@ def _may_be_repeated() -> bool:
 
 
 def _r_d(mu_B: Tensor, sigma_B: Tensor, use: _Use) -> tuple[Tensor, Tensor]:
-    r = (sigma_B / use.sigma).clamp_(1 / use.r_max, use.r_max)  # type: ignore[arg-type]
-    d = (mu_B - use.mu).div_(use.sigma).clamp_(-use.d_max, use.d_max)  # type: ignore[arg-type]
+    r_max, d_max, _ = use.limits
+    r = (sigma_B / use.sigma).clamp_(1 / r_max, r_max)  # type: ignore[arg-type]
+    d = (mu_B - use.mu).div_(use.sigma).clamp_(-d_max, d_max)  # type: ignore[arg-type]
     return r, d
 
 
@@ -255,7 +269,7 @@ def unclipped(
 ) -> tuple[Tensor, Tensor]:
     """r and d before clipping, as `correct` would compute them now; for who watches. Nothing is recorded or moved."""
     mu, sigma = running_mean.to(mu_B.dtype), (running_var.to(mu_B.dtype) + eps).sqrt()
-    return _r_d(mu_B, sigma_B, _Use(mu_B, sigma_B, mu, sigma, math.inf, math.inf, False))
+    return _r_d(mu_B, sigma_B, _Use(mu_B, sigma_B, mu, sigma, Limits(math.inf, math.inf), False))
 
 
 def _moved(
@@ -304,8 +318,7 @@ class _Entry(NamedTuple):
     mean: Tensor  # (C,) what this forward saw: by this a recomputation finds it
     mu: Tensor  # (C,) what it used
     sigma: Tensor  # (C,)
-    r_max: float | Tensor
-    d_max: float | Tensor
+    limits: Limits
     node: int  # the number of its autograd node, or of the last node before it if it ran without gradients
     grad: bool
 
@@ -324,14 +337,13 @@ class _History:
         mean: Tensor,
         mu: Tensor,
         sigma: Tensor,
-        r_max: float | Tensor,
-        d_max: float | Tensor,
+        limits: Limits,
         node: int,
     ) -> None:
-        where.append(_Entry(mean, mu, sigma, r_max, d_max, node, torch.is_grad_enabled()))
+        where.append(_Entry(mean, mu, sigma, limits, node, torch.is_grad_enabled()))
 
-    def recall(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The (mu, sigma, r_max, d_max) of the forward whose minibatch had this mean.
+    def recall(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Limits]:
+        """The (mu, sigma, limits) of the forward whose minibatch had this mean.
 
         The nearest mean, not the equal one: under a compiler the forward without gradients and the recomputation with
         them are two programs that round differently.
@@ -351,14 +363,14 @@ class _History:
         index = torch.where(gaps == gap, ranks, -2).argmax()
         mu = torch.stack([e.mu for e in entries])[index]
         sigma = torch.stack([e.sigma for e in entries])[index]
-        r_max = torch.stack([_as_scalar(e.r_max, mean) for e in entries])[index]
-        d_max = torch.stack([_as_scalar(e.d_max, mean) for e in entries])[index]
+        columns = zip(*(e.limits for e in entries))
+        limits = Limits(*(torch.stack([_as_scalar(v, mean) for v in column])[index] for column in columns))
         if mean.device.type != "cpu":
             mu = torch.where(gap > _TOLERANCE, math.nan, mu)  # NaN gradients say what an error cannot say in time
         elif gap > _TOLERANCE:
             raise RuntimeError(_NO_MATCH)
-        self.record(self.repeats, mean, mu, sigma, r_max, d_max, _node_of_this_forward())
-        return mu, sigma, r_max, d_max
+        self.record(self.repeats, mean, mu, sigma, limits, _node_of_this_forward())
+        return mu, sigma, limits
 
 
 def _ranks(entries: list[_Entry]) -> list[int]:
@@ -415,7 +427,7 @@ def _as_scalar(value: float | Tensor, like: Tensor) -> Tensor:
 _LIBRARY = torch.library.Library("batchrenorm", "DEF")
 _LIBRARY.define(
     "correct(Tensor mu_B, Tensor sigma_B, Tensor running_mean, Tensor running_var, Tensor? step, Tensor? share, "
-    "Tensor limits, float eps, Tensor layer) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor limits, float eps, Tensor layer) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -431,15 +443,17 @@ def _correct_op(
     eps: float,
     layer: Tensor,
 ) -> tuple[Tensor, ...]:
-    alpha, r_max, d_max = limits.unbind() if not limits.is_cpu else limits.tolist()
-    use = _used_averages(mu_B, sigma_B, running_mean, running_var, share, eps, r_max, d_max, layer)
+    alpha, *rest = limits.unbind() if not limits.is_cpu else limits.tolist()
+    use = _used_averages(mu_B, sigma_B, running_mean, running_var, share, eps, Limits(*rest), layer)
     if use.repeated:
         new_mean, new_var = running_mean.clone(), running_var.clone()
     else:
         new_mean, new_var = _moved(running_mean, running_var, use, alpha, eps)
     # An operator may not return its input.
     new_step = limits.new_empty(0) if step is None else step + (0 if use.repeated else 1)
-    return *_r_d(mu_B, sigma_B, use), new_mean, new_var, new_step
+    own = use.limits.own
+    own = own.clone() if isinstance(own, Tensor) else limits.new_full((), own)
+    return *_r_d(mu_B, sigma_B, use), own, new_mean, new_var, new_step
 
 
 def _correct_fake(
@@ -456,6 +470,7 @@ def _correct_fake(
     return (
         torch.empty_like(mu_B),
         torch.empty_like(mu_B),
+        limits.new_empty(()),
         torch.empty_like(running_mean),
         torch.empty_like(running_var),
         limits.new_empty(0) if step is None else torch.empty_like(step),
@@ -467,7 +482,7 @@ def _correct_vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
         torch.ops.batchrenorm.correct(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims)))
         for i in range(info.batch_size)
     ]
-    return tuple(torch.stack(out) for out in zip(*members)), (0,) * 5
+    return tuple(torch.stack(out) for out in zip(*members)), (0,) * 6
 
 
 def _correct_autograd(*args: Any) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from .backends import Moments, Shared, aten, decomposed, native, triton
 from .correction import correct, in_one_call, in_two_launches, is_plain_eager, suits_one_call, suits_two_launches
+from .moving import Moving
 from .replicas import Replicas, check_group, mean_of_groups, merge, replicas_of
 from .schedule import ClipSchedule, as_real, check_limits
 
@@ -136,11 +138,12 @@ def renormalize(
     backend: str | None = None,
     layer: Tensor | None = None,
     clip: ClipSchedule | None = None,
+    moving: Moving | None = None,
 ) -> Tensor:
     """`batch_renorm` with the layer's counter of training forwards, and the tensor that names its history.
 
     With `clip` the limits are this schedule's at `step`, and alpha may be None, the cumulative mean's: both then stay
-    unevaluated for a kernel that reads the step itself.
+    unevaluated for a kernel that reads the step itself. With `moving` the gradient is the moving one.
     """
     weight_of_new = 0.0 if alpha is None else alpha
     check_settings(weight_of_new, eps, r_max, d_max, microbatch_size, process_group, backend, activation)
@@ -163,12 +166,14 @@ def renormalize(
     if running_mean is None and mask is None and size == N and backend is None and replicas is None:
         return _finished(F.batch_norm(x, None, None, weight, bias, True, 0.0, eps), residual, activation)
     plain = is_plain_eager(x)
-    passes = choose(backend, plain, mask, together, x, weight, bias, residual, running_mean, running_var, step)
+    if moving is not None:
+        moving = moving._replace(replicas=replicas)
+    passes = choose(backend, plain, mask, together, moving, x, weight, bias, residual, running_mean, running_var, step)
     if passes is native and replicas is None and suits_one_call(running_mean, running_var, step, mask, x):
         layer = running_mean if layer is None else layer
         numbers = float(alpha), eps, float(r_max), float(d_max)  # type: ignore[arg-type]
         tensors = x, running_mean, running_var, step, weight, bias
-        return in_one_call(*tensors, *numbers, size, layer, residual, activation)  # type: ignore[arg-type]
+        return in_one_call(*tensors, *numbers, size, layer, residual, activation, moving)  # type: ignore[arg-type]
     if (
         passes is triton
         and replicas is None
@@ -176,7 +181,7 @@ def renormalize(
     ):
         limits = ClipSchedule.constant(r_max, d_max) if clip is None else clip  # type: ignore[arg-type]
         averages = triton.Averages(running_mean, running_var, step, alpha, limits)  # type: ignore[arg-type]
-        return in_two_launches(x, weight, bias, eps, size, residual, activation, averages)
+        return in_two_launches(x, weight, bias, eps, size, residual, activation, averages, moving)
     if clip is not None and step is not None:
         r_max, d_max = clip(step)
     if alpha is None and step is not None:
@@ -201,7 +206,7 @@ def renormalize(
     mu_B, sigma_B = (v.detach() if v.requires_grad else v for v in (mean, std))
     if replicas is not None and together is None:
         mu_B, sigma_B, share = mean_of_groups(mu_B, sigma_B, share, N, replicas)
-    r, d, move = correct(
+    r, d, own, move = correct(
         mu_B,
         sigma_B,
         running_mean,
@@ -212,12 +217,19 @@ def renormalize(
         eps=eps,
         r_max=r_max,
         d_max=d_max,
+        own=1.0 if moving is None else moving.own,
         layer=running_mean if layer is None else layer,
         plain=plain,
     )
     if mu_B.shape != mean.shape:
         r, d = (v[:-1].view_as(mean) for v in (r, d))
-    y = passes.affine(x, moments, eps, r, d, weight, bias, size, residual, activation, *shared)
+    if moving is None:
+        y = passes.affine(x, moments, eps, r, d, weight, bias, size, residual, activation, *shared)
+    else:
+        options: dict[str, Any] = {"shared": shared[0] if shared else None, "moving": moving._replace(own=own)}
+        if mask is not None and together is None:
+            options["mask"] = mask
+        y = passes.affine(x, moments, eps, r, d, weight, bias, size, residual, activation, **options)
     move()
     return y
 
@@ -227,6 +239,7 @@ def choose(
     plain: bool,
     mask: Tensor | None,
     together: Replicas | None,
+    moving: Moving | None,
     x: Tensor,
     *others: Tensor | None,
 ) -> ModuleType:
@@ -245,8 +258,10 @@ def choose(
             f"expected what backend={backend!r} can do, got this: {refusal}; use backend=None, which chooses"
         )
     # In float64, which is for checking, bitwise torch's own.
-    if refusal is None and x.dtype != torch.float64:
+    if refusal is None and (x.dtype != torch.float64 or moving is not None):
         return fused
+    if moving is not None:
+        return decomposed
     return aten if x.is_cpu or x.is_cuda else decomposed
 
 

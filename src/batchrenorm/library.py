@@ -1,4 +1,4 @@
-"""The package's own C (`backends/native.c`, `correction.c`), if it was built when the package was installed."""
+"""The package's own C (`native.c`, `correction.c`, `moving.c`), if it was built when the package was installed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 
-PASS = struct.Struct("12P8qd")
+PASS = struct.Struct("14P8q2d")
 """`struct pass` of native.c, as far as the caller fills it."""
 STEP = struct.Struct("5P3q4d")
 """`struct step` of correction.c."""
+MOVING = struct.Struct("4P5q3d")
+"""`struct moving` of moving.c."""
 
 
 def _load() -> ctypes.CDLL | None:
@@ -25,11 +27,12 @@ def _load() -> ctypes.CDLL | None:
         for name in ("moments", "affine", "backward", "gradient", "move"):
             getattr(library, f"brn_{name}").argtypes = [ctypes.c_char_p]
         library.brn_forward.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_char_p]
-        sizes = library.brn_size_of_pass(), library.brn_size_of_step()
+        library.brn_backward_around.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p]
+        sizes = library.brn_size_of_pass(), library.brn_size_of_step(), library.brn_size_of_moving()
     except (OSError, AttributeError):  # built for another machine, or from other sources
         return None
     # Built from other sources it would also read something else where these are packed.
-    return library if sizes == (PASS.size, STEP.size) else None
+    return library if sizes == (PASS.size, STEP.size, MOVING.size) else None
 
 
 def _parallel_region() -> int:
@@ -43,5 +46,13 @@ def _parallel_region() -> int:
 LIBRARY = _load()
 """None where there was no C compiler: everything has a form in torch operators."""
 PARALLEL = 0 if LIBRARY is None else _parallel_region()
-CORRECT = 0 if LIBRARY is None else ctypes.cast(LIBRARY.brn_correct, ctypes.c_void_p).value or 0
-"""Address of the function that `brn_forward` calls between the passes."""
+
+
+def _address(name: str) -> int:
+    return 0 if LIBRARY is None else ctypes.cast(getattr(LIBRARY, name), ctypes.c_void_p).value or 0
+
+
+CORRECT = _address("brn_correct")
+"""The function that `brn_forward` calls between the passes."""
+GIVEN, MOVE_GRADIENT = _address("brn_given"), _address("brn_move_gradient")
+"""Those that `brn_backward_around` calls before and after."""

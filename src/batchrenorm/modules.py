@@ -12,6 +12,7 @@ from torch.nn.parameter import Parameter, UninitializedBuffer, UninitializedPara
 
 from .correction import is_plain_eager, name_of_history
 from .functional import check_settings, renormalize
+from .moving import Moving
 from .replicas import name_of
 from .schedule import ClipSchedule, as_real
 
@@ -42,6 +43,11 @@ class BatchRenorm(nn.Module):
             name, or "world"; see `batch_renorm`. A copied or unpickled layer holds the name.
         activation: "relu" for ``max(0, y)`` in the same pass over memory, or None.
         bias: with affine, learn the bias too.
+        gradient: "microbatch" is the paper's backward, which subtracts means over the microbatch itself. "moving"
+            subtracts averages over the steps instead, in two more buffers, ``(C,)`` each, `gradient_mean` and
+            `gradient_slope`: more accurate where microbatches hold few values (2 to 8 samples of a dense layer or of a
+            small map), and beyond the paper. It needs a `ClipSchedule` with wide limits, by whose warm-up it comes in.
+            Inference is the same affine map. See docs/theory-backward.md.
 
     Raises:
         ValueError, TypeError: an argument out of its range, or an input of the wrong shape or dtype; an error leaves
@@ -63,6 +69,8 @@ class BatchRenorm(nn.Module):
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
+    gradient_mean: Tensor  # where gradient is "moving"
+    gradient_slope: Tensor
 
     _ranks: tuple[int, ...] = ()
     # State dicts of torch's batch norm before its version 2 have no num_batches_tracked.
@@ -83,6 +91,7 @@ class BatchRenorm(nn.Module):
         process_group: object | None = None,
         activation: str | None = None,
         bias: bool = True,
+        gradient: str = "microbatch",
     ) -> None:
         super().__init__()
         if not isinstance(num_features, int) or isinstance(num_features, bool) or num_features < 0:
@@ -94,6 +103,7 @@ class BatchRenorm(nn.Module):
             raise TypeError(
                 f"expected clip to be a ClipSchedule, got {clip!r}; a constant is ClipSchedule.constant(r, d)"
             )
+        check_gradient(gradient, clip, track_running_stats)
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
@@ -115,6 +125,19 @@ class BatchRenorm(nn.Module):
         self.register_buffer(
             "num_batches_tracked", torch.zeros((), dtype=torch.long, device=device) if tracked else None
         )
+        self._set_gradient(gradient)
+
+    def _set_gradient(self, gradient: str) -> None:
+        self.gradient = gradient
+        if gradient == "moving":
+            like = self.running_mean
+            assert like is not None
+            for name in _GRADIENT_BUFFERS:
+                if isinstance(like, UninitializedBuffer):
+                    new: Tensor = UninitializedBuffer(device=like.device, dtype=like.dtype)  # type: ignore[call-arg]
+                else:
+                    new = torch.zeros_like(like)
+                self.register_buffer(name, new)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Normalise x; with a residual and an activation, ``activation(normalised x + residual)``.
@@ -138,6 +161,11 @@ class BatchRenorm(nn.Module):
         d_max: float | Tensor = 0.0
         clip = None
         step = self.num_batches_tracked
+        moving = None
+        if self.training and step is not None and self.gradient == "moving":
+            t = step.item() if step.device.type == "cpu" and is_plain_eager(x) else step
+            own = self.clip.own_share(t)  # type: ignore[union-attr, arg-type]
+            moving = Moving(self.gradient_mean, self.gradient_slope, own)
         if self.training and step is not None and step.is_cuda and isinstance(self.clip, ClipSchedule):
             alpha, clip = self.momentum, self.clip  # for whoever can read the step without waiting
         elif self.training and step is not None:
@@ -167,6 +195,7 @@ class BatchRenorm(nn.Module):
             residual=residual,
             layer=self._layer,
             clip=clip,
+            moving=moving,
         )
 
     @property
@@ -180,6 +209,9 @@ class BatchRenorm(nn.Module):
             self.running_mean.zero_()
             self.running_var.fill_(1)
             self.num_batches_tracked.zero_()
+            if self.gradient == "moving":
+                self.gradient_mean.zero_()
+                self.gradient_slope.zero_()
 
     def reset_parameters(self) -> None:
         """A new layer's averages, step, weight and bias."""
@@ -198,6 +230,7 @@ class BatchRenorm(nn.Module):
             "microbatch_size": self.microbatch_size,
             "process_group": name_of(self.process_group),
             "activation": self.activation,
+            "gradient": None if self.gradient == "microbatch" else self.gradient,
         }.items():
             text += "" if value is None else f", {name}={value}"
         return text
@@ -213,7 +246,32 @@ class BatchRenorm(nn.Module):
         old = local_metadata.get("version") is None or local_metadata["version"] < 2
         if old and self.num_batches_tracked is not None and key not in state_dict:
             state_dict[key] = self.num_batches_tracked.clone()
+        if self.gradient == "moving":
+            # Batch norm, and Batch Renormalization with the paper's gradient, have no such state: it begins anew.
+            names = [name for name in _GRADIENT_BUFFERS if prefix + name not in state_dict]
+            if prefix + "running_mean" in state_dict:
+                state_dict.update({prefix + name: torch.zeros_like(getattr(self, name)) for name in names})
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+_GRADIENT_BUFFERS = ("gradient_mean", "gradient_slope")
+
+
+def check_gradient(gradient: str, clip: object, tracked: bool) -> None:
+    if gradient not in ("microbatch", "moving"):
+        raise ValueError(
+            f"expected gradient to be 'microbatch' or 'moving', got {gradient!r}; the first is the paper's"
+        )
+    if gradient == "moving" and not isinstance(clip, ClipSchedule):
+        raise TypeError(
+            f"expected clip to be a ClipSchedule with gradient='moving', got {clip!r}; the moving gradient comes in as "
+            "its limits open"
+        )
+    if gradient == "moving" and not tracked:
+        raise ValueError(
+            "expected track_running_stats=True with gradient='moving', got False; without averages there is no "
+            "renormalisation whose gradient could be a moving one"
+        )
 
 
 class BatchRenorm1d(BatchRenorm):
@@ -247,9 +305,11 @@ class _Lazy(LazyModuleMixin, BatchRenorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        gradient: str = "microbatch",
         **options: Any,
     ) -> None:
         super().__init__(0, eps, momentum, False, False, device, dtype, **options)
+        check_gradient(gradient, self.clip, track_running_stats)
         self.affine = affine
         self.track_running_stats = track_running_stats
         floating = {"device": device, "dtype": dtype}
@@ -260,6 +320,7 @@ class _Lazy(LazyModuleMixin, BatchRenorm):
             self.running_mean = UninitializedBuffer(**floating)  # type: ignore[arg-type]
             self.running_var = UninitializedBuffer(**floating)  # type: ignore[arg-type]
             self.num_batches_tracked = torch.zeros((), dtype=torch.long, device=device)
+        self._set_gradient(gradient)
 
     def reset_parameters(self) -> None:
         if not self.has_uninitialized_params() and self.num_features != 0:
@@ -268,7 +329,7 @@ class _Lazy(LazyModuleMixin, BatchRenorm):
     def initialize_parameters(self, x: Tensor, *others: Tensor | None, **more: Tensor | None) -> None:
         if self.has_uninitialized_params():
             self.num_features = x.shape[1]
-            for tensor in (self.weight, self.bias, self.running_mean, self.running_var):
+            for tensor in (self.weight, self.bias, *self._buffers.values()):
                 if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
                     tensor.materialize((self.num_features,))
             self.reset_parameters()

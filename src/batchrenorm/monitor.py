@@ -195,7 +195,9 @@ class RenormMonitor:
         size = min(layer.microbatch_size or x.shape[0], x.shape[0])
         x = x.detach()
         # By the passes that the layer itself would take: on the CPU in C they are ten times faster than in plain torch.
-        mean, batch_var, std = choose(None, is_plain_eager(x), mask, None, x, mu, var).moments(x, layer.eps, size, mask)
+        mean, batch_var, std = choose(None, is_plain_eager(x), mask, None, None, x, mu, var).moments(
+            x, layer.eps, size, mask
+        )
         r, d = (v.float().flatten() for v in unclipped(mean, std, mu, var, layer.eps))
         r_limit, d_limit = (limit.float() for limit in layer.clip(step))
         both = torch.stack([r, d])

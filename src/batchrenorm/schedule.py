@@ -103,6 +103,25 @@ class ClipSchedule:
         d = _ramp(step, self.warmup, self.d_full, self.d_max)
         return r, d  # type: ignore[return-value]
 
+    @overload
+    def own_share(self, step: Tensor) -> Tensor: ...
+    @overload
+    def own_share(self, step: int) -> float: ...
+    def own_share(self, step: Tensor | int) -> Tensor | float:
+        """Share of the microbatch's own gradient where ``gradient="moving"``: 1 in the warm-up, 0 from ``r_full`` on.
+
+        It falls as the limit of r opens: behind r = 1 the forward is batch norm's, of which the moving gradient would
+        be a wrong derivative. Where r_max is 1 it stays 1.
+
+        Args:
+            step: as for the limits.
+
+        Examples:
+            >>> [ClipSchedule().own_share(t) for t in (0, 5_000, 22_500, 40_000)]
+            [1.0, 1.0, 0.5, 0.0]
+        """
+        return 1.0 - _ramp(step, self.warmup, self.r_full, 1.0 if self.r_max > 1.0 else 0.0)
+
 
 def _ramp(step: Tensor | int, start: int, end: int, height: float) -> Tensor | float:
     # 0 while step <= start, so that the last batch-norm step is number `warmup`; start == end is a jump at once.

@@ -6,11 +6,12 @@ are normalised by themselves (the last may be smaller); with ``size >= N`` there
 
 ``moments(x, eps, size, mask) -> (mean, var, std)``
     biased, in float32 (float64 for float64 x); ``std = sqrt(var + eps)``.
-``affine(x, moments, eps, scale, shift, weight, bias, size, residual, activation, shared) -> y``
+``affine(x, moments, eps, scale, shift, weight, bias, size, residual, activation, shared, moving) -> y``
     ``y = activation(weight * ((x - mean) / std * scale + shift) + bias + residual)``, differentiable in x (through
     mean and std as well, as in batch norm), weight and bias, ``(C,)``, and residual, like x. Scale and shift, shaped
     like the statistics, are constants. The activation is "relu" or None. With `shared`
     the moments are those of a whole minibatch of which x is one replica's share, and so is their part of the gradient.
+    With `moving` the gradient of x subtracts other means than the group's own (`..moving`); `aten` cannot.
 """
 
 from __future__ import annotations

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from ..moving import Moving, zeros
 from ..replicas import merge
 from . import Moments, Shared
 
@@ -41,14 +44,23 @@ def affine(
     residual: Tensor | None = None,
     activation: str | None = None,
     shared: Shared | None = None,  # autograd goes through the moments by itself
+    moving: Moving | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     mean, _, std = moments
+    nothing: tuple[Tensor, Tensor] | None = None
+    if moving is not None:
+        count = _count(x, size, mask, mean) if shared is None else shared.total.to(mean.dtype)
+        nothing = zeros(moving, moments, scale, shift, weight, count, eps, shared is not None)
+        mean, std = mean.detach(), std.detach()
     scale = scale / std
     if weight is not None:
         weight = weight.to(mean.dtype)
         scale, shift = scale * weight, shift * weight
     if bias is not None:
         shift = shift + bias.to(mean.dtype)
+    if nothing is not None:
+        scale, shift = scale + nothing[0], shift + nothing[1]
     # x - mean before the product: with x * scale + (shift - mean * scale) the gradient of scale would be a difference
     # of two sums of size mean/std, which loses every digit at an offset of 1e4.
     y = (x.to(mean.dtype) - _like(x, mean, size)) * _like(x, scale, size) + _like(x, shift, size)
@@ -96,6 +108,19 @@ def _mean_var(x: Tensor, mask: Tensor | None, dims: list[int]) -> tuple[Tensor, 
     mean = torch.where(mask, x, 0).sum(dims, keepdim=True) / count
     deviation = torch.where(mask, x - mean, 0)
     return mean.squeeze(dims), ((deviation * deviation).sum(dims, keepdim=True) / count).squeeze(dims)
+
+
+def _count(x: Tensor, size: int, mask: Tensor | None, like: Tensor) -> Tensor:
+    """Values of each group, as they multiply a statistic: 0-d or ``(G, 1)``."""
+    N = x.shape[0]
+    positions = math.prod(x.shape[2:])
+    if mask is not None:
+        count = torch.stack([part.sum() for part in mask.split(size)]).to(like.dtype)
+        return count[0] if like.ndim == 1 else count[:, None]
+    if like.ndim == 1:
+        return like.new_full((), N * positions)
+    whole = like.new_full((N // size, 1), size * positions)
+    return whole if N % size == 0 else torch.cat([whole, like.new_full((1, 1), N % size * positions)])
 
 
 def _grouped(size: int, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -25,10 +25,12 @@ struct pass {
     void *weight_grad, *bias_grad; /* likewise; in the backward NULL, as is out, where nobody needs it */
     const void *residual, *y;      /* added in the forward; the output, where the backward has to see the ReLU in it */
     void *residual_grad;           /* where there is a ReLU behind it, else it is dy */
+    const void *given;             /* (2, G, C): what a caller adds to `own` times the means that the backward subtracts */
+    void *means;                   /* (2, G, C): these means, of dy and of dy * x_hat, for that caller; else both NULL */
     parallel_region parallel;
     int64_t relu, threads, type, rows; /* rows: 1, planes: 0 */
     int64_t N, C, S, size;       /* size: samples (or rows) of a group; the last one may be smaller */
-    double eps;
+    double eps, own;
     /* From here on set by this file. */
     void *mean, *var, *std, *scale, *shift;
     int64_t groups, parts, part, chunks, chunk;
@@ -373,6 +375,18 @@ int brn_backward(const void *packed)
 {
     struct pass pass = unpack(packed);
     return TYPES[pass.type].backward(&pass);
+}
+
+/* The same around two functions: the first makes `given`, the second sees `means`, if there is one. */
+int brn_backward_around(const void *packed, void (*before)(const void *), void (*after)(const void *), const void *argument)
+{
+    struct pass pass = unpack(packed);
+    before(argument);
+    if (TYPES[pass.type].backward(&pass))
+        return 1;
+    if (after)
+        after(argument);
+    return 0;
 }
 
 /* The second half of it, for callers who have the sums of more than this x: out = dy * a + ((x - mean) * b + c), with a and

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..library import LIBRARY, PARALLEL, PASS
+from ..library import GIVEN, LIBRARY, MOVE_GRADIENT, MOVING, PARALLEL, PASS
+from ..moving import NOT_TWICE, RATE, Moving
 from . import Moments, Shared, as_laid_out, decomposed, in_order
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # TYPES in native.c
@@ -53,9 +54,10 @@ def affine(
     residual: Tensor | None = None,
     activation: str | None = None,
     shared: Shared | None = None,
+    moving: Moving | None = None,
 ) -> Tensor:
     statistics = torch.stack([*moments, scale, shift]).view(-1, x.shape[1])
-    return forward(x, weight, bias, residual, activation, statistics, eps, size, shared=shared)
+    return forward(x, weight, bias, residual, activation, statistics, eps, size, moving, shared=shared)
 
 
 def vectors(x: Tensor, size: int, more: int = 0) -> Tensor:
@@ -74,6 +76,7 @@ def forward(
     statistics: Tensor,
     eps: float,
     size: int,
+    moving: Moving | None = None,
     between: tuple[int, bytes] | None = None,
     shared: Shared | None = None,
 ) -> Tensor:
@@ -81,7 +84,7 @@ def forward(
 
     `statistics` begins with mean, var, std, scale and shift, as `vectors` gives it.
     """
-    return _apply(x, weight, bias, residual, (statistics, eps, size, activation is not None, between, shared))
+    return _apply(x, weight, bias, residual, (statistics, eps, size, activation is not None, between, shared, moving))
 
 
 class _Affine(torch.autograd.Function):
@@ -94,7 +97,7 @@ class _Affine(torch.autograd.Function):
         residual: Tensor | None,
         constants: tuple[Any, ...],
     ) -> Tensor:
-        statistics, eps, size, relu, between, shared = constants
+        statistics, eps, size, relu, between, shared, moving = constants
         given, x = x, in_order(x)
         y = torch.empty_like(x)
         w, b = _vector(weight, statistics), _vector(bias, statistics)
@@ -103,15 +106,17 @@ class _Affine(torch.autograd.Function):
         # With a residual the ReLU's mask cannot be had from x; the output is kept by whatever takes it anyway.
         ctx.save_for_backward(given, weight, bias, y if relu and residual is not None else None)
         # Vectors that nobody else writes or differentiates; as attributes they cost no packing and unpacking.
-        ctx.constants = statistics, eps, size, relu, shared
+        ctx.constants = statistics, eps, size, relu, shared, moving
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, y = ctx.saved_tensors
-        statistics, eps, size, relu, shared = ctx.constants
+        statistics, eps, size, relu, shared, moving = ctx.constants
         need_x, need_weight, need_bias, need_residual, _ = needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # under create_graph: this gradient may be differentiated again
+            if moving is not None and need_x:
+                raise RuntimeError(NOT_TWICE)
             groups = -(-x.shape[0] // size)
             scale, shift = (v if groups > 1 else v[0] for v in statistics[: 5 * groups].chunk(5)[3:])
             vectors = scale, shift, weight, bias
@@ -125,15 +130,18 @@ class _Affine(torch.autograd.Function):
         w, b = _vector(weight, statistics), _vector(bias, statistics)
         through = gr if relu else None
         if shared is None:
-            _run(
-                "brn_backward", x, statistics, eps, size, grad, gx, w, b, gw, gb, y=y, residual_grad=through, relu=relu
-            )
+            outputs: dict[str, Any] = {"y": y, "residual_grad": through, "relu": relu}
+            if gx is not None and moving is not None:
+                outputs["around"] = around = _Around(moving, statistics, eps, size, x)
+            _run("brn_backward", x, statistics, eps, size, grad, gx, w, b, gw, gb, **outputs)
+            if gx is not None and moving is not None:
+                around.finish()
         else:
             if relu:
                 through = torch.empty_like(x) if through is None else through
                 _run("brn_backward", x, statistics, eps, size, grad, None, w, b, y=y, residual_grad=through, relu=relu)
                 grad = through
-            _shared_gradients(shared, x, statistics, eps, size, grad, gx, w, gw, gb)
+            _shared_gradients(shared, moving, x, statistics, eps, size, grad, gx, w, gw, gb)
         if gw is not None and gw.dtype != weight.dtype:
             gw = gw.to(weight.dtype)
         if gb is not None and gb.dtype != bias.dtype:
@@ -141,8 +149,53 @@ class _Affine(torch.autograd.Function):
         return gx, gw, gb, gr, None
 
 
+class _Around:
+    """What `moving.c` does before and after the backward of `native.c`."""
+
+    def __init__(self, moving: Moving, statistics: Tensor, eps: float, size: int, x: Tensor) -> None:
+        N, C = x.shape[:2]
+        positions = x.numel() // (N * C)
+        self.moving, self.eps, self.groups = moving, eps, -(-N // size)
+        self.statistics = statistics[: 5 * self.groups].view(5, self.groups, C)
+        self.counts = N * positions, min(size, N) * positions
+        dtype = statistics.dtype
+        # Copies where the buffers are of another dtype.
+        self.mean, self.slope = (v.to(dtype).contiguous() for v in (moving.mean, moving.slope))
+        self.means = statistics.new_empty(4, self.groups, C)
+        self.own = float(moving.own)
+        address, itemsize = self.means.data_ptr(), statistics.itemsize
+        self.given, self.found = address, address + 2 * self.groups * C * itemsize
+        # Where others have the same buffers, `finish` moves them.
+        self.after = MOVE_GRADIENT if moving.replicas is None else 0
+        self.packed = MOVING.pack(
+            statistics.data_ptr(),
+            self.mean.data_ptr(),
+            self.slope.data_ptr(),
+            address,
+            self.groups,
+            C,
+            itemsize,
+            *self.counts,
+            self.own,
+            eps,
+            RATE,
+        )
+
+    def finish(self) -> None:
+        moving = self.moving
+        if moving.replicas is not None:
+            _, _, std, scale, shift = self.statistics
+            all_values, values = self.counts
+            count = self.means.new_full((self.groups, 1), values)
+            count[-1] = all_values - (self.groups - 1) * values
+            moving.move(count * self.means[2], count * self.means[3], count, scale, shift, std, self.eps)
+        elif self.mean is not moving.mean or self.slope is not moving.slope:
+            moving.set(self.mean, self.slope)
+
+
 def _shared_gradients(
     shared: Shared,
+    moving: Moving | None,
     x: Tensor,
     statistics: Tensor,
     eps: float,
@@ -164,7 +217,14 @@ def _shared_gradients(
         bias_grad.copy_(sum_dy)
     if out is not None:
         a = scale / std if weight is None else weight * scale / std
-        b, c = shared.coefficients(sum_dy, sum_dy_x_hat, a, std)
+        if moving is None:
+            b, c = shared.coefficients(sum_dy, sum_dy_x_hat, a, std)
+        else:
+            given, given_x_hat = moving.given(scale, shift)
+            count = torch.full((), x.numel() // len(mean), dtype=mean.dtype)
+            moving.move(sum_dy, sum_dy_x_hat, count, scale, shift, std, eps)
+            b, c = shared.coefficients(sum_dy, sum_dy_x_hat, a, std)
+            b, c = moving.own * b - a * given_x_hat / std, moving.own * c - a * given
         _run("brn_gradient", x, torch.stack([mean, var, std, a, b]), eps, size, grad, out, bias=c)
 
 
@@ -192,6 +252,7 @@ def _run(
     residual_grad: Tensor | None = None,
     relu: bool = False,
     between: tuple[int, bytes] | None = None,
+    around: _Around | None = None,
 ) -> None:
     """Call a function of native.c with its `struct pass`."""
     shape = x.shape
@@ -214,6 +275,8 @@ def _run(
         0 if residual is None else residual.data_ptr(),
         0 if y is None else y.data_ptr(),
         0 if residual_grad is None else residual_grad.data_ptr(),
+        0 if around is None else around.given,
+        0 if around is None else around.found,
         PARALLEL,
         relu,
         torch.get_num_threads() if elements > _ONE_THREAD else 1,
@@ -224,8 +287,14 @@ def _run(
         S,
         size,
         eps,
+        1.0 if around is None else around.own,
     )
-    failed = getattr(LIBRARY, name)(packed) if between is None else LIBRARY.brn_forward(packed, *between)  # type: ignore
+    if between is not None:
+        failed = LIBRARY.brn_forward(packed, *between)  # type: ignore[union-attr]
+    elif around is not None:
+        failed = LIBRARY.brn_backward_around(packed, GIVEN, around.after, around.packed)  # type: ignore[union-attr]
+    else:
+        failed = getattr(LIBRARY, name)(packed)
     if failed:
         raise MemoryError("expected memory for vectors of length C, got none; use smaller tensors")
 

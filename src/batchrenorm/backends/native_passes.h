@@ -668,9 +668,8 @@ static int NAME(affine)(struct pass *pass)
     return 0;
 }
 
-/* From the sums of channels, whose parts are all there, to the coefficients of their gradient; of the sums it leaves
- * those of dy and dy * x_hat in the first part. */
-static void NAME(coefficients)(const struct pass *pass, int64_t g, int64_t c0, int64_t c1)
+/* Sums of channels whose parts are all there: of dy and of dy * x_hat, in the first part. */
+static void NAME(finish_sums)(const struct pass *pass, int64_t g, int64_t c0, int64_t c1)
 {
     int64_t C = pass->C;
     double *restrict first = pass->partial + g * pass->parts * 2 * C, *restrict second = first + C;
@@ -680,21 +679,50 @@ static void NAME(coefficients)(const struct pass *pass, int64_t g, int64_t c0, i
         for (int64_t k = c0; k < c1; k++)
             second[k] += second[p * 2 * C + k];
     }
-    const A *restrict std = (const A *)pass->std + g * C, *restrict scale = (const A *)pass->scale + g * C;
-    A *restrict a = (A *)pass->a + g * C, *restrict b = (A *)pass->b + g * C, *restrict c = (A *)pass->c + g * C;
-    double share = -1.0 / (double)(count(pass, g) * pass->S);
-    /* Loops of one statement, which compilers turn into vectors. */
+    const A *restrict std = (const A *)pass->std + g * C;
     for (int64_t k = c0; k < c1; k++)
         second[k] /= (double)std[k];
+    if (!pass->means)
+        return;
+    A *restrict of_dy = (A *)pass->means + g * C, *restrict of_dy_x_hat = of_dy + pass->groups * C;
+    double share = 1.0 / (double)(count(pass, g) * pass->S);
+    for (int64_t k = c0; k < c1; k++)
+        of_dy[k] = (A)(first[k] * share);
+    for (int64_t k = c0; k < c1; k++)
+        of_dy_x_hat[k] = (A)(second[k] * share);
+}
+
+/* From these sums, or what is given instead, to the coefficients of the gradient. */
+static void NAME(coefficients)(const struct pass *pass, int64_t g, int64_t c0, int64_t c1)
+{
+    int64_t C = pass->C;
+    const A *restrict std = (const A *)pass->std + g * C, *restrict scale = (const A *)pass->scale + g * C;
+    A *restrict a = (A *)pass->a + g * C, *restrict b = (A *)pass->b + g * C, *restrict c = (A *)pass->c + g * C;
+    /* Loops of one statement, which compilers turn into vectors. */
     for (int64_t k = c0; k < c1; k++)
         a[k] = scale[k] / std[k];
     for (int64_t k = c0; pass->weight && k < c1; k++)
         a[k] *= ((const A *)pass->weight)[k];
+    if (pass->given) {
+        int64_t GC = pass->groups * C;
+        const A *restrict given = (const A *)pass->given + g * C, *restrict of_dy = (const A *)pass->means + g * C;
+        A own = (A)pass->own;
+        for (int64_t k = c0; k < c1; k++)
+            b[k] = -a[k] * ((own == 0 ? given[GC + k] : own * of_dy[GC + k] + given[GC + k]) / std[k]);
+        for (int64_t k = c0; k < c1; k++)
+            c[k] = -a[k] * (own == 0 ? given[k] : own * of_dy[k] + given[k]);
+        return;
+    }
+    const double *restrict first = pass->partial + g * pass->parts * 2 * C, *restrict second = first + C;
+    double share = -1.0 / (double)(count(pass, g) * pass->S);
     for (int64_t k = c0; k < c1; k++)
         b[k] = a[k] * ((A)(second[k] * share) / std[k]);
     for (int64_t k = c0; k < c1; k++)
         c[k] = a[k] * (A)(first[k] * share);
 }
+
+/* Whether the gradient needs no sums: then x and dy are read from memory once. */
+static inline int NAME(foreseen)(const struct pass *pass) { return pass->given && pass->own == 0; }
 
 static void NAME(gradient_of_unit)(const struct pass *pass, struct unit u)
 {
@@ -704,18 +732,21 @@ static void NAME(gradient_of_unit)(const struct pass *pass, struct unit u)
         NAME(gradient_of_planes)(pass, u);
 }
 
-/* Where a unit is all there is of its channels, its second pass finds them in the cache. */
+/* Where a unit is all there is of its channels, or nothing has to be known of the others, its second pass finds it in the
+ * cache. */
 static void NAME(sums_of_unit)(const struct pass *pass, struct unit u)
 {
     if (pass->rows)
         NAME(sums_of_rows)(pass, u);
     else
         NAME(sums_of_planes)(pass, u);
-    if (pass->parts == 1) {
+    int all = pass->parts == 1;
+    if (all)
+        NAME(finish_sums)(pass, u.group, u.c0, u.c1);
+    if (all && !NAME(foreseen)(pass))
         NAME(coefficients)(pass, u.group, u.c0, u.c1);
-        if (pass->out)
-            NAME(gradient_of_unit)(pass, u);
-    }
+    if (pass->out && (all || NAME(foreseen)(pass)))
+        NAME(gradient_of_unit)(pass, u);
 }
 
 static int NAME(backward)(struct pass *pass)
@@ -729,8 +760,12 @@ static int NAME(backward)(struct pass *pass)
     pass->a = bias_grad + C;
     pass->b = (A *)pass->a + GC;
     pass->c = (A *)pass->a + 2 * GC;
+    for (int64_t g = 0; NAME(foreseen)(pass) && g < pass->groups; g++)
+        NAME(coefficients)(pass, g, 0, C);
     every_unit(pass, NAME(sums_of_unit), 0);
-    if (pass->parts > 1) {
+    for (int64_t g = 0; pass->parts > 1 && g < pass->groups; g++)
+        NAME(finish_sums)(pass, g, 0, C);
+    if (pass->parts > 1 && !NAME(foreseen)(pass)) {
         for (int64_t g = 0; g < pass->groups; g++)
             NAME(coefficients)(pass, g, 0, C);
         if (pass->out)

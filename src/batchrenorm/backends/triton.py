@@ -31,8 +31,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..moving import NOT_TWICE, Moving
 from ..schedule import ClipSchedule
-from . import Moments, as_laid_out, decomposed, in_order
+from . import Moments, Shared, as_laid_out, decomposed, in_order
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -122,9 +123,11 @@ def affine(
     size: int,
     residual: Tensor | None = None,
     activation: str | None = None,
+    shared: Shared | None = None,  # never: `functional.choose` takes another backend then
+    moving: Moving | None = None,
 ) -> Tensor:
     vectors = torch.stack([*moments, scale, shift]).view(5, -1, x.shape[1])
-    return _apply(x, weight, bias, residual, (vectors, eps, size, activation is not None, None))
+    return _apply(x, weight, bias, residual, (vectors, eps, size, activation is not None, None, moving))
 
 
 def in_two_launches(
@@ -136,9 +139,10 @@ def in_two_launches(
     residual: Tensor | None,
     activation: str | None,
     averages: Averages,
+    moving: Moving | None = None,
 ) -> Tensor:
     """The whole training step, averages included; in one launch if x is small."""
-    return _apply(x, weight, bias, residual, (None, eps, size, activation is not None, averages))
+    return _apply(x, weight, bias, residual, (None, eps, size, activation is not None, averages, moving))
 
 
 class _Affine(torch.autograd.Function):
@@ -151,7 +155,7 @@ class _Affine(torch.autograd.Function):
         residual: Tensor | None,
         constants: tuple[Any, ...],
     ) -> Tensor:
-        vectors, eps, size, relu, averages = constants
+        vectors, eps, size, relu, averages, moving = constants
         given, x = x, in_order(x)
         passes = _Passes.of(x, size)
         # All memory before the first launch: nothing moves if there is not enough.
@@ -175,15 +179,17 @@ class _Affine(torch.autograd.Function):
         # With a residual the ReLU's mask cannot be had from x; the output is kept by whatever takes it anyway.
         ctx.save_for_backward(given, weight, bias, y if relu and residual is not None else None)
         # Vectors that nobody else writes or differentiates; as attributes they cost no packing and unpacking.
-        ctx.constants = vectors, eps, size, relu
+        ctx.constants = vectors, eps, size, relu, moving
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, y = ctx.saved_tensors
-        vectors, eps, size, relu = ctx.constants
+        vectors, eps, size, relu, moving = ctx.constants
         need_x, need_weight, need_bias, need_residual, _ = needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # under create_graph: this gradient may be differentiated again
+            if moving is not None and need_x:
+                raise RuntimeError(NOT_TWICE)
             scale, shift = vectors[3:] if vectors.shape[1] > 1 else vectors[3:, 0]
             return *decomposed.gradients(needs, dy, x, eps, scale, shift, weight, bias, size, y, relu), None
         x = in_order(x)
@@ -198,7 +204,8 @@ class _Affine(torch.autograd.Function):
         db = torch.empty_like(bias) if need_bias else None
         w, b = _contiguous(weight), _contiguous(bias)
         totals = torch.empty_like(vectors[:2])
-        slab = passes.slab()
+        # A moving gradient has its vectors between the two passes, so x is read twice.
+        slab = passes.slab() if moving is None else None
         with _on(x):
             if slab is not None:
                 outputs = masked, dx, vectors, w, b, totals, slab.counters(x.device), dw, db
@@ -207,9 +214,22 @@ class _Affine(torch.autograd.Function):
                 outputs = masked, vectors, w, b, totals, passes.partials(x), passes.counters(x.device), dw, db
                 passes.launch("sums", x, dy, y, *outputs, relu, eps)
                 if dx is not None:
+                    totals = totals if moving is None else _moved(moving, totals, vectors, eps, passes, x)
                     behind, mask = (dy, relu) if masked is None else (masked, False)
                     passes.launch("gradient", x, behind, y, dx, vectors, w, b, totals, mask, REVERSED, eps)
         return dx, dw, db, masked if masked is not None else dy if need_residual else None, None
+
+
+def _moved(moving: Moving, totals: Tensor, vectors: Tensor, eps: float, passes: _Passes, x: Tensor) -> Tensor:
+    """The sums whose means `gradient` is to subtract."""
+    _, _, std, scale, shift = vectors
+    positions = x.numel() // (x.shape[0] * x.shape[1])
+    count = std.new_full((passes.groups, 1), passes.size * positions)
+    count[-1] = (x.shape[0] - (passes.groups - 1) * passes.size) * positions
+    given, given_x_hat = moving.given(scale, shift)
+    own = moving.own
+    moving.move(totals[0], totals[1] / std, count, scale, shift, std, eps)
+    return torch.stack([own * totals[0] + count * given, own * totals[1] + count * std * given_x_hat]).to(totals.dtype)
 
 
 # Past `Function.apply`, which looks for transforms of torch.func; with these at work this backend is not chosen.
