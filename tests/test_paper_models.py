@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision_shim import allow_torchvision
 
 from batchrenorm import BatchRenorm, ClipSchedule
-from batchrenorm.paper.models import Conv4, Mlp, Model, SmallInception, SmallResNet, Torchvision, build, logits, loss
+from batchrenorm.paper.mabn import Mabn
+from batchrenorm.paper.models import (
+    Conv4,
+    Mlp,
+    Model,
+    PlainConv,
+    SmallInception,
+    SmallResNet,
+    Torchvision,
+    build,
+    logits,
+    loss,
+)
 from batchrenorm.paper.normalizers import (
     NORMALIZERS,
     MovingAverageNorm,
@@ -27,12 +40,17 @@ from batchrenorm.paper.normalizers import (
 )
 
 OPEN = ClipSchedule.constant()
-KINDS = {"bn": BatchRenorm, "brn": BatchRenorm, "brn-unclipped": BatchRenorm, "moving-average": MovingAverageNorm}
+PAPERS = {
+    **dict.fromkeys(("bn", "brn", "brn-tight", "brn-unclipped"), BatchRenorm),
+    "moving-average": MovingAverageNorm,
+}
+KINDS = {**PAPERS, "mabn": Mabn}  # with averages
 
 # The least nets of each kind that hold all its parts.
 NETS = {
     "mlp": (Mlp(3, 16), (12,)),
     "conv4": (Conv4(8), (1, 28, 28)),
+    "plain": (PlainConv((8, 8), (2, 1)), (1, 13, 12)),
     "resnet": (SmallResNet((1, 1, 1), 8), (1, 28, 28)),
     "inception": (SmallInception(4), (1, 28, 28)),
 }
@@ -65,7 +83,7 @@ def fresh(name: str, shape: tuple[int, ...] | None = None, device: str = "cpu") 
 
 
 def norms(net: nn.Module) -> list[nn.Module]:
-    kinds = (_BatchNorm, BatchRenorm, MovingAverageNorm, nn.GroupNorm, nn.LayerNorm)
+    kinds = (_BatchNorm, BatchRenorm, Mabn, MovingAverageNorm, nn.GroupNorm, nn.LayerNorm)
     return [layer for layer in net.modules() if isinstance(layer, kinds)]
 
 
@@ -263,7 +281,13 @@ def test_bn_in_a_torchvision_model_is_torch_batch_norm() -> None:
 def test_limits_and_momentum_are_those_of_the_arm() -> None:
     schedule = ClipSchedule.for_training(1300)
     infinity = ClipSchedule.constant(math.inf, math.inf)
-    for name, clip in {"bn": ClipSchedule.constant(1, 0), "brn": schedule, "brn-unclipped": infinity}.items():
+    tight = replace(schedule, r_max=1.5, d_max=0.5)
+    for name, clip in {
+        "bn": ClipSchedule.constant(1, 0),
+        "brn": schedule,
+        "brn-tight": tight,
+        "brn-unclipped": infinity,
+    }.items():
         for layer in norms(arm(fresh("conv4"), name, alpha=0.03, clip=schedule, group=4)):
             assert isinstance(layer, BatchRenorm)
             assert (layer.clip, layer.momentum, layer.microbatch_size) == (clip, 0.03, 4)
@@ -354,7 +378,7 @@ def test_averages_written_back_are_the_same_to_the_last_bit(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(averages, get_averages(net), strict=True))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", PAPERS)
 def test_averages_are_the_papers(name: str) -> None:
     net = arm(nn.Sequential(nn.BatchNorm1d(1)), name, alpha=0.5)
     net(torch.tensor([[1.0], [5.0]]))  # mean 3, deviation 2

@@ -113,7 +113,8 @@ def _broadcast(of_groups: Tensor, x: Tensor) -> Tensor:
 def _window(before: Tensor, now: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
     """Of each group the mean over the G up to it, and the last G groups for the next step."""
     size = len(before)
-    groups = torch.cat([before, now])
+    # Where a forward has fewer than G groups, the mean of the first one's stands for those that never were.
+    groups = torch.cat([torch.where(first, now.mean(0), before), now])
     mean = groups.unfold(0, size, 1)[1:].mean(-1)
     return torch.where(first, now, mean), groups[len(groups) - size :].clone()
 
