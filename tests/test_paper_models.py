@@ -41,7 +41,7 @@ from batchrenorm.paper.normalizers import (
 
 OPEN = ClipSchedule.constant()
 PAPERS = {
-    **dict.fromkeys(("bn", "brn", "brn-tight", "brn-unclipped"), BatchRenorm),
+    **dict.fromkeys(("bn", "brn", "brn-moving", "brn-tight", "brn-unclipped"), BatchRenorm),
     "moving-average": MovingAverageNorm,
 }
 KINDS = {**PAPERS, "mabn": Mabn}  # with averages
