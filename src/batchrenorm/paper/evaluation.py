@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..modules import BatchRenorm
 from ..schedule import ClipSchedule
 from .data import Split
+from .mabn import Mabn
 from .models import logits
 from .normalizers import MovingAverageNorm
 
@@ -75,7 +76,7 @@ def in_training(model: nn.Module, split: Split, batches: Sequence[Sequence[int]]
             assert layer.num_batches_tracked is not None
             layer.clip = ClipSchedule.constant(*(float(limit) for limit in layer.clip(layer.num_batches_tracked)))
             layer.microbatch_size = layer.microbatch_size or len(batches[0])
-        elif isinstance(layer, MovingAverageNorm):
+        elif isinstance(layer, (Mabn, MovingAverageNorm)):
             layer.momentum = 0.0
     return _score(model, split, _joined(batches))
 

@@ -33,6 +33,18 @@ class Conv4:
 
 
 @dataclass(frozen=True)
+class PlainConv:
+    """3x3 convolution, norm, ReLU, once for each width, of the stride beside it; all of the last map; linear.
+
+    No pooling: with strides down to a small map, most layers have few values a channel to normalise, as deep stages of
+    large nets have.
+    """
+
+    widths: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class SmallResNet:
     """A ResNet for images of 28 to 64 pixels, as He et al. 2016 have it for CIFAR: a 3x3 stem and basic blocks.
 
@@ -65,7 +77,7 @@ class Torchvision:
     name: str
 
 
-Model = Mlp | Conv4 | SmallResNet | SmallInception | Torchvision
+Model = Mlp | Conv4 | PlainConv | SmallResNet | SmallInception | Torchvision
 
 
 def build(model: Model, shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
@@ -141,6 +153,8 @@ def _net(model: Model, shape: tuple[int, ...], classes: int) -> nn.Module:
         return _mlp(model, shape, classes)
     if isinstance(model, Conv4):
         return _conv4(model, shape[0], classes)
+    if isinstance(model, PlainConv):
+        return _plain_conv(model, shape, classes)
     if isinstance(model, SmallResNet):
         return _resnet(model, shape[0], classes)
     if isinstance(model, SmallInception):
@@ -170,6 +184,15 @@ def _conv4(model: Conv4, channels: int, classes: int) -> nn.Sequential:
     for inputs in [channels] + [model.width] * 3:
         layers += [_conv(inputs, model.width, 3), nn.MaxPool2d(2)]
     return nn.Sequential(*layers, *_head(model.width, classes))
+
+
+def _plain_conv(model: PlainConv, shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    channels, *size = shape
+    layers: list[nn.Module] = []
+    for inputs, outputs, stride in zip((channels, *model.widths[:-1]), model.widths, model.strides, strict=True):
+        layers.append(_conv(inputs, outputs, 3, stride))
+        size = [math.ceil(n / stride) for n in size]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(model.widths[-1] * math.prod(size), classes))
 
 
 def _conv(inputs: int, outputs: int, kernel: int | tuple[int, int], stride: int = 1) -> nn.Sequential:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..convert import convert_batchnorm
 from ..modules import BatchRenorm
 from ..schedule import ClipSchedule
+from .mabn import Mabn, centre_weights
 
-NORMALIZERS = ("bn", "brn", "brn-unclipped", "group", "layer", "moving-average")
+NORMALIZERS = ("bn", "brn", "brn-tight", "brn-unclipped", "mabn", "group", "layer", "moving-average")
 
 
 class MovingAverageNorm(nn.Module):
@@ -63,19 +65,28 @@ class MovingAverageNorm(nn.Module):
 
 
 def normalize(
-    model: nn.Module, name: str, *, alpha: float, clip: ClipSchedule, group: int | None, learn_gamma: bool
+    model: nn.Module,
+    name: str,
+    *,
+    alpha: float,
+    clip: ClipSchedule,
+    group: int | None,
+    learn_gamma: bool,
+    minibatch: int | None = None,
 ) -> nn.Module:
     """Replace every batch norm of a model, in place; weight, bias and eps of each layer stay.
 
     Args:
         model: with `nn.BatchNorm1d`, `2d` or `3d` anywhere in it.
-        name: "bn"; "brn"; "brn-unclipped" (no limits, from step 0); "group", GroupNorm of at most 32 groups with at
-            least 8 channels each; "layer", over all of a sample; or "moving-average".
+        name: "bn"; "brn"; "brn-tight" (limits 1.5 and 0.5); "brn-unclipped" (no limits, from step 0); "mabn", which has
+            its own constants; "group", GroupNorm of at most 32 groups with at least 8 channels each; "layer", over all
+            of a sample; or "moving-average".
         alpha: weight of the new value in the averages.
         clip: limits of "brn".
-        group: samples that "bn" and "brn" normalise together, and whose mu and sigma "moving-average" averages; None is
-            the minibatch. The others do not look at neighbours.
+        group: samples that "bn", "brn" and "mabn" normalise together, and whose mu and sigma "moving-average" averages;
+            None is the minibatch. The others do not look at neighbours.
         learn_gamma: False fixes the scale at 1, as in the paper, where the next layer can absorb it.
+        minibatch: samples, of whose groups "mabn" takes its moments; None: each group's own.
 
     Returns:
         The same model.
@@ -89,6 +100,8 @@ def normalize(
         # r = 1 and d = 0 are batch norm, bitwise: both arms run the same code.
         "bn": ClipSchedule.constant(1.0, 0.0),
         "brn": clip,
+        # Wu & He 2018, section 4.1, who found them best for groups of 4.
+        "brn-tight": replace(clip, r_max=1.5, d_max=0.5),
         "brn-unclipped": ClipSchedule.constant(float("inf"), float("inf")),
     }
     if name in clips:
@@ -97,7 +110,8 @@ def normalize(
         for parent in list(model.modules()):
             for child, layer in parent.named_children():
                 if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-                    setattr(parent, child, _replacement(name, layer, alpha, group))
+                    setattr(parent, child, _replacement(name, layer, alpha, group, minibatch))
+    centre_weights(model)
     left = [
         f"{path or 'the model'}: {type(m).__name__}" for path, m in model.named_modules() if isinstance(m, _BatchNorm)
     ]
@@ -113,15 +127,17 @@ def normalize(
     return model
 
 
-_LAYERS = (BatchRenorm, MovingAverageNorm, nn.GroupNorm, nn.LayerNorm)
+_LAYERS = (BatchRenorm, Mabn, MovingAverageNorm, nn.GroupNorm, nn.LayerNorm)
 
 
-def _replacement(name: str, layer: nn.Module, alpha: float, group: int | None) -> nn.Module:
+def _replacement(name: str, layer: nn.Module, alpha: float, group: int | None, minibatch: int | None) -> nn.Module:
     assert isinstance(layer, _BatchNorm)
     channels, eps = layer.num_features, layer.eps
-    new: MovingAverageNorm | nn.GroupNorm | nn.LayerNorm
+    new: MovingAverageNorm | Mabn | nn.GroupNorm | nn.LayerNorm
     if name == "moving-average":
         new = MovingAverageNorm(channels, eps, alpha, group)
+    elif name == "mabn":
+        new = Mabn(channels, eps, group, 1 if group is None or minibatch is None else minibatch // group)
     elif name == "group":
         new = nn.GroupNorm(_groups(channels), channels, eps)
     elif isinstance(layer, nn.BatchNorm1d):
@@ -159,7 +175,7 @@ def get_averages(model: nn.Module) -> list[Tensor]:
     """
     averages = []
     for _, layer in _with_averages(model):
-        if isinstance(layer, BatchRenorm):
+        if isinstance(layer, (BatchRenorm, Mabn)):
             assert layer.running_mean is not None
             assert layer.running_var is not None
             mu, sigma = layer.running_mean, (layer.running_var.double() + layer.eps).sqrt()
@@ -189,7 +205,7 @@ def set_averages(model: nn.Module, averages: list[Tensor]) -> None:
             "of the same model"
         )
     for layer, mu, sigma in zip(layers, averages[::2], averages[1::2]):
-        if isinstance(layer, BatchRenorm):
+        if isinstance(layer, (BatchRenorm, Mabn)):
             assert layer.running_mean is not None
             assert layer.running_var is not None
             layer.running_mean.copy_(mu)
@@ -200,7 +216,9 @@ def set_averages(model: nn.Module, averages: list[Tensor]) -> None:
             layer.running_std.copy_(sigma)
 
 
-def _with_averages(model: nn.Module) -> Iterator[tuple[str, BatchRenorm | MovingAverageNorm]]:
+def _with_averages(model: nn.Module) -> Iterator[tuple[str, BatchRenorm | Mabn | MovingAverageNorm]]:
     for name, layer in model.named_modules():
-        if isinstance(layer, MovingAverageNorm) or (isinstance(layer, BatchRenorm) and layer.running_mean is not None):
+        if isinstance(layer, (Mabn, MovingAverageNorm)) or (
+            isinstance(layer, BatchRenorm) and layer.running_mean is not None
+        ):
             yield name, layer

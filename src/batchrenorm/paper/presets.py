@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from .experiment import Arm, Curve, Figure, Labels, Measure, Prediction, Preset, Row
 from .models import Mlp, SmallInception, Torchvision
+from .small_batch import small_batch, small_batch_conv
 
 _BN, _BRN, _GREEN, _PURPLE, _GREY = "#2f7ed8", "#e0702c", "#3f9d5a", "#9a63c4", "#8a8a8a"
 
@@ -466,5 +467,9 @@ imagefolder = replace(
 )
 
 PRESETS = {
-    preset.name: preset for preset in (digits, smoke, omniglot, fashion_mnist, tiny_imagenet, imagefolder, imagenet)
+    preset.name: preset
+    for preset in (
+        *(digits, smoke, omniglot, fashion_mnist, tiny_imagenet, imagefolder, imagenet),
+        *(small_batch, small_batch_conv),
+    )
 }

@@ -30,6 +30,7 @@ from . import checkpoints, evaluation, models, normalizers
 from .averaging import AveragedNet
 from .data import Data, Split
 from .experiment import Arm, Preset
+from .mabn import Mabn
 from .sampling import plan
 
 # A loss is looked at so often: on a GPU looking waits for it.
@@ -51,7 +52,13 @@ def build(preset: Preset, arm: Arm, data: Data, seed: int) -> nn.Module:
     net = models.build(preset.model, data.shape, data.classes, seed)
     clip = ClipSchedule(**preset.config(arm)["clip"])
     normalizers.normalize(
-        net, arm.normalizer, alpha=preset.alpha, clip=clip, group=arm.group, learn_gamma=preset.learn_gamma
+        net,
+        arm.normalizer,
+        alpha=preset.alpha,
+        clip=clip,
+        group=arm.group,
+        learn_gamma=preset.learn_gamma,
+        minibatch=preset.batch_size,
     )
     return net.to(memory_format=torch.channels_last) if preset.channels_last else net  # type: ignore[call-overload]
 
@@ -387,8 +394,10 @@ def _schedule(preset: Preset, optimizer: torch.optim.Optimizer, steps: int) -> t
 def _share_averages(model: nn.Module) -> None:
     """The mean of mu and of sigma over all processes: the paper's workers have one set of averages."""
     sync_running_stats(model)
-    # The ablation's own layer, which is none of the package's.
+    # Layers of the experiments' own.
     buffers = [b for m in model.modules() if isinstance(m, normalizers.MovingAverageNorm) for b in m.buffers()]
+    # The windows of "mabn" stay each process's own.
+    buffers += [m.running_var for m in model.modules() if isinstance(m, Mabn)]
     averages = [b for b in buffers if b.is_floating_point()]
     if averages:
         flat = torch.cat(averages).double()

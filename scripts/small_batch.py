@@ -1,0 +1,155 @@
+"""The experiments of docs/small-batches.md: tuning, test, robustness, stability map.
+
+python scripts/small_batch.py PRESET tune     # every arm at every candidate, seeds 100 and 101, validation images
+python scripts/small_batch.py PRESET choose   # prints what the tuning chose, for batchrenorm/paper/small_batch.py
+python scripts/small_batch.py PRESET test     # every arm at its learning rate, seeds 0 to 4, test images at the end
+python scripts/small_batch.py PRESET robust   # brn-moving in groups of 4, seeds 0 to 9, two rates a factor of 4 apart
+python scripts/small_batch.py PRESET map      # learning rate x samples normalised together, seeds 100 and 101
+
+PRESET is small-batch or small-batch-conv, --data DIR where Omniglot lies. Each stage goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from batchrenorm.paper import runs
+from batchrenorm.paper.experiment import Arm, Preset
+from batchrenorm.paper.presets import PRESETS
+from batchrenorm.paper.small_batch import CANDIDATES
+from batchrenorm.paper.summary import is_final
+
+RESULTS = Path(__file__).parent.parent / "results"
+TUNING_SEEDS = (100, 101)
+# What answers the question comes first, should the time not suffice.
+ORDER = ("groups-4", "whole", "groups-2", "groups-8", "one-label", "pairs", "groups-1")
+ROBUST = {"small-batch": (0.1, 0.4), "small-batch-conv": (0.05, 0.2)}
+MAP_GROUPS = (2, 4, 8, None)
+MAP_FACTORS = (1, 2, 4, 8)  # of the rate chosen for groups of 4
+
+Job = tuple[Arm, int]
+
+
+def tuning(preset: Preset) -> Iterator[Job]:
+    """Every arm at every candidate."""
+    for arm in sorted(preset.arms, key=lambda arm: ORDER.index(arm.regime)):
+        for seed in TUNING_SEEDS:
+            for rate in CANDIDATES[preset.name]:
+                yield replace(arm, learning_rate=rate), seed
+
+
+def test(preset: Preset) -> Iterator[Job]:
+    """Every arm that has a learning rate."""
+    for arm in sorted(preset.arms, key=lambda arm: ORDER.index(arm.regime)):
+        if arm.learning_rate is not None:
+            for seed in range(preset.seeds):
+                yield arm, seed
+
+
+def robust(preset: Preset) -> Iterator[Job]:
+    """One default setting, ten seeds, two learning rates."""
+    for seed in range(10):
+        for rate in ROBUST[preset.name]:
+            yield replace(preset.arm("groups-4/brn-moving"), learning_rate=rate), seed
+
+
+def stability(preset: Preset) -> Iterator[Job]:
+    """Where it trains."""
+    best = preset.arm("groups-4/brn-moving").learning_rate
+    assert best is not None
+    for seed in TUNING_SEEDS:
+        for factor in MAP_FACTORS:
+            for normalizer in ("brn-moving", "brn"):
+                for group in MAP_GROUPS:
+                    regime = "whole" if group is None else f"groups-{group}"
+                    yield Arm(regime, normalizer, group, learning_rate=best * factor), seed
+
+
+STAGES = {
+    "tune": (tuning, "tuning"),
+    "test": (test, "results"),
+    "robust": (robust, "robust"),
+    "map": (stability, "map"),
+}
+
+
+def path(preset: str, stage: str) -> Path:
+    """The rows of a stage."""
+    return RESULTS / preset / f"{STAGES[stage][1]}.jsonl"
+
+
+def kept(found: list[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
+    """All of a test; of the others the end, and of tuning and map nothing of test images."""
+    if stage == "test":
+        return found
+    of = ("train", "val", "test") if stage == "robust" else ("train", "val")
+    return [r for r in found if is_final(r) and r["split"] in of]
+
+
+def run(preset: Preset, stage: str, data: Path | None, only: tuple[str, ...]) -> None:
+    """Do what is missing of a stage."""
+    path(preset.name, stage).parent.mkdir(exist_ok=True)
+    results = runs.Results(path(preset.name, stage))
+    for arm, seed in STAGES[stage][0](preset):
+        # A loss that is not finite is an answer here.
+        arm = replace(arm, may_diverge=True)
+        job = (arm.name, runs.config_hash(preset, arm), seed)
+        if only and arm.name not in only and arm.regime not in only and arm.normalizer not in only:
+            continue
+        if any((r["arm"], r["config_hash"], r["seed"]) == job for r in results.records):
+            continue
+        with tempfile.TemporaryDirectory() as checkpoints:
+            place = runs.Place(Path(checkpoints), root=data)
+            found = runs.run_job(preset, arm, seed, place, lambda step, accuracy: None)
+        results.add(kept(found, stage))
+        end = [r for r in found if is_final(r) and (r["split"], r["statistics"]) == ("val", "averages")]
+        print(
+            preset.name,
+            arm.name,
+            f"{arm.learning_rate:g}",
+            seed,
+            end[-1]["accuracy"],
+            f"{end[-1]['seconds']} s",
+            flush=True,
+        )
+
+
+def choose(preset: Preset) -> dict[str, float]:
+    """The candidate of the best mean accuracy on validation images, of each arm that was tuned in full."""
+    chosen: dict[str, float] = {}
+    records = runs.Results(path(preset.name, "tune")).records
+    for arm in preset.arms:
+        found: dict[float, list[float]] = {}
+        for r in records:
+            if r["arm"] == arm.name and (r["split"], r["statistics"]) == ("val", "averages"):
+                found.setdefault(r["config"]["learning_rate"], []).append(r["accuracy"])
+        if {rate: len(values) for rate, values in found.items()} == dict.fromkeys(
+            CANDIDATES[preset.name], len(TUNING_SEEDS)
+        ):
+            chosen[arm.name] = max(CANDIDATES[preset.name], key=lambda rate: statistics.fmean(found[rate]))
+    return chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", choices=CANDIDATES)
+    parser.add_argument("stage", choices=(*STAGES, "choose"))
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--only", nargs="+", default=[], help="arms, regimes or normalisers")
+    options = parser.parse_args()
+    preset = PRESETS[options.preset]
+    if options.stage == "choose":
+        for name, rate in choose(preset).items():
+            print(f'        "{name}": {rate:g},')
+    else:
+        run(preset, options.stage, options.data, tuple(options.only))
+
+
+if __name__ == "__main__":
+    main()
