@@ -30,8 +30,7 @@ TUNING_SEEDS = (100, 101)
 # What answers the question comes first, should the time not suffice.
 ORDER = ("groups-4", "whole", "groups-2", "groups-8", "one-label", "pairs", "groups-1")
 ROBUST = {"small-batch": (0.1, 0.4), "small-batch-conv": (0.05, 0.2)}
-MAP_GROUPS = (2, 4, 8, None)
-MAP_FACTORS = (1, 2, 4, 8)  # of the rate chosen for groups of 4
+MAP_REGIMES = ("groups-4", "groups-2", "groups-8", "whole")
 
 Job = tuple[Arm, int]
 
@@ -60,15 +59,16 @@ def robust(preset: Preset) -> Iterator[Job]:
 
 
 def stability(preset: Preset) -> Iterator[Job]:
-    """Where it trains."""
+    """Where it trains, up to 8 times the rate chosen for groups of 4."""
     best = preset.arm("groups-4/brn-moving").learning_rate
     assert best is not None
-    for seed in TUNING_SEEDS:
-        for factor in MAP_FACTORS:
-            for normalizer in ("brn-moving", "brn"):
-                for group in MAP_GROUPS:
-                    regime = "whole" if group is None else f"groups-{group}"
-                    yield Arm(regime, normalizer, group, learning_rate=best * factor), seed
+    rate = CANDIDATES[preset.name][-1]
+    while rate < 8 * best:  # the candidates themselves are in the tuning
+        rate *= 2
+        for regime in MAP_REGIMES:
+            for seed in TUNING_SEEDS:
+                yield replace(preset.arm(f"{regime}/brn-moving"), learning_rate=rate), seed
+                yield replace(preset.arm(f"{regime}/brn"), learning_rate=rate), seed
 
 
 STAGES = {

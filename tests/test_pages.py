@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,55 @@ def test_tables_of_experiments(name: str, page: str) -> None:
     assert text.count("\n") > 10
     experiments = (ROOT / "EXPERIMENTS.md").read_text(encoding="utf-8")
     assert between(experiments, f"{name}-predictions") == report.markdown_predictions(preset, found)
+
+
+def test_tables_of_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "docs"))
+    import small_batch
+    import small_batches
+
+    from batchrenorm.paper import presets, runs
+    from batchrenorm.paper.small_batch import CHOSEN
+
+    for name, chosen in CHOSEN.items():
+        preset = presets.PRESETS[name]
+        # Learning rates are what the committed tuning says, every arm with the same candidates and seeds.
+        assert small_batch.choose(preset) == chosen
+        for stage in small_batch.STAGES:
+            found = runs.Results(small_batch.path(name, stage)).records
+            assert not any(r["commit"].endswith("-dirty") for r in found)
+            assert {r["split"] for r in found} <= (
+                {"train", "val", "test"} if stage in ("test", "robust") else {"train", "val"}
+            )
+            for r in found:  # of the settings that the preset has now
+                arm = replace(preset.arm(r["arm"]), learning_rate=r["config"]["learning_rate"])
+                versions = {key: r["config"][key] for key in ("torch", "batchrenorm")}
+                assert preset.config(arm) | versions == r["config"]
+    page = small_batches.PAGE.read_text(encoding="utf-8")
+    assert small_batches.page(page) == page
+    assert page.count(":begin -->") == 8
+    assert page.count("| BRN |") > 10
+
+
+def test_the_share_of_a_gap_has_the_interval_that_covers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fieller's interval, against its own definition and against drawn samples."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "docs"))
+    from small_batches import share
+
+    assert share([1.0, 2.0, 3.0], [-1.0, 0.0, 1.0]) is None
+    exact = share([3.0, 4.0, 5.0], [6.0, 8.0, 10.0])
+    assert exact is not None
+    assert exact == pytest.approx((0.5, 0.5, 0.5))
+    rng = random.Random(0)
+    inside, trials = 0, 2000
+    for _ in range(trials):
+        common = [rng.gauss(0, 1) for _ in range(5)]
+        found = share([6 + c + rng.gauss(0, 1) for c in common], [10 + c + rng.gauss(0, 1) for c in common])
+        assert found is not None
+        inside += found[1] <= 0.6 <= found[2]
+    # 95 % of 2,000, four standard errors either way.
+    assert abs(inside / trials - 0.95) < 4 * (0.95 * 0.05 / trials) ** 0.5
 
 
 def test_the_committed_report_is_small_and_loads_nothing() -> None:

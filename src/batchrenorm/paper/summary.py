@@ -19,6 +19,11 @@ RULE = (
 )
 
 
+def t95(degrees: int) -> float:
+    """The two-sided 95 % point of Student's t."""
+    return _T95[degrees - 1] if degrees <= len(_T95) else 1.96
+
+
 class Difference(NamedTuple):
     """A mean difference in points over shared seeds, with its 95 % interval."""
 
@@ -49,8 +54,7 @@ def difference(better: dict[int, float], worse: dict[int, float]) -> Difference 
     mean, n = statistics.fmean(pairs), len(pairs)
     if n == 1:
         return Difference(mean, -math.inf, math.inf, n)
-    t = _T95[n - 2] if n - 2 < len(_T95) else 1.96
-    half = t * statistics.stdev(pairs) / math.sqrt(n)
+    half = t95(n - 1) * statistics.stdev(pairs) / math.sqrt(n)
     return Difference(mean, mean - half, mean + half, n)
 
 
