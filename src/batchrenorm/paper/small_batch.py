@@ -45,8 +45,20 @@ def describe(arm: Arm) -> str:
 # candidates for every arm. Written by `scripts/small_batch.py choose` from the committed tuning rows.
 CANDIDATES = {"small-batch": (0.05, 0.1, 0.2, 0.4), "small-batch-conv": (0.025, 0.05, 0.1, 0.2)}
 CHOSEN: dict[str, dict[str, float]] = {
-    "small-batch": {},
-    "small-batch-conv": {},
+    "small-batch": {
+        "whole/bn": 0.2,
+        "whole/brn": 0.2,
+        "whole/brn-moving": 0.2,
+        "groups-4/bn": 0.2,
+        "groups-4/brn": 0.2,
+        "groups-4/brn-tight": 0.2,
+        "groups-4/brn-moving": 0.2,
+        "groups-4/mabn": 0.1,
+    },
+    "small-batch-conv": {
+        "groups-4/bn": 0.05,
+        "groups-4/brn": 0.05,
+    },
 }
 
 
