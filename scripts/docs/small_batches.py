@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from batchrenorm.paper import runs
 from batchrenorm.paper.presets import PRESETS
-from batchrenorm.paper.small_batch import CANDIDATES, TITLES, describe
+from batchrenorm.paper.small_batch import TITLES, candidates, describe
 from batchrenorm.paper.summary import is_final, t95
 
 ROOT = Path(__file__).parents[2]
@@ -122,7 +122,7 @@ def table(name: str) -> str:
 def tuned(name: str) -> str:
     """Validation accuracy of every candidate."""
     found = outcomes(name, "tuning")
-    rates = CANDIDATES[name]
+    rates = sorted({rate for arm in PRESETS[name].arms for rate in candidates(name, arm)})
     lines = [
         f"| normalised together | normaliser | {' | '.join(f'{rate:g}' for rate in rates)} |",
         f"|---|---|{'--:|' * len(rates)}",
