@@ -67,6 +67,7 @@ CHOSEN: dict[str, dict[str, float]] = {
     "small-batch-conv": {
         "groups-4/bn": 0.05,
         "groups-4/brn": 0.05,
+        "groups-4/brn-moving": 0.05,
     },
 }
 
