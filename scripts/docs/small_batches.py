@@ -97,7 +97,9 @@ def table(name: str) -> str:
     accuracy = {
         arm.name: tests(found, arm.name, arm.learning_rate) for arm in preset.arms if arm.learning_rate is not None
     }
-    whole = max(("whole/bn", "whole/brn"), key=lambda arm: statistics.fmean(accuracy[arm].values()))
+    both = [accuracy.get(arm, {}) for arm in ("whole/bn", "whole/brn")]
+    # Without the two there is nothing that a gap could be measured against.
+    whole = max(both, key=lambda values: statistics.fmean(values.values())) if all(both) else {}
     lines = [
         "| normalised together | normaliser | learning rate | test accuracy, % | n | failed | share of the gap, % |",
         "|---|---|--:|--:|--:|--:|--:|",
@@ -108,8 +110,8 @@ def table(name: str) -> str:
             continue
         gap, brn = "", accuracy.get(f"{arm.regime}/brn", {})
         if arm.regime != "whole" and arm.normalizer != "brn":
-            seeds = sorted(values.keys() & brn.keys() & accuracy[whole].keys())
-            closed = share([values[s] - brn[s] for s in seeds], [accuracy[whole][s] - brn[s] for s in seeds])
+            seeds = sorted(values.keys() & brn.keys() & whole.keys())
+            closed = share([values[s] - brn[s] for s in seeds], [whole[s] - brn[s] for s in seeds])
             gap = "–" if closed is None else "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * v for v in closed))
         failed = sum(o.failed for (a, _, _), o in found.items() if a == arm.name)
         lines.append(

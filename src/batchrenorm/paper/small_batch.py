@@ -68,6 +68,7 @@ CHOSEN: dict[str, dict[str, float]] = {
         "groups-4/bn": 0.05,
         "groups-4/brn": 0.05,
         "groups-4/brn-moving": 0.05,
+        "groups-4/mabn": 0.025,
     },
 }
 
