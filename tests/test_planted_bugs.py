@@ -36,6 +36,7 @@ REPLICAS, SHARED = "test_replicas.py::", "test_distributed.py::"
 SHARDED = REPLICAS + "test_sharded_is_whole"
 TRITON = "test_triton.py::"
 SHAPES = EXACT + "test_shapes"
+MOVING = "test_moving.py::"
 
 BUGS = [
     Bug(
@@ -565,6 +566,48 @@ BUGS = [
         "part = (t - start).to",
         "part = (t + 1 - start).to",
         TRITON + "test_limits_are_the_schedules",
+    ),
+    Bug(
+        "the moving slope not divided by the squares of h",
+        "moving.py",
+        "torch.maximum(squares, count)",
+        "count",
+        MOVING + "test_formulae",
+    ),
+    Bug(
+        "the moving slope not divided by the squares of h, in C",
+        "moving.c",
+        "(squares[c] > 1 ? squares[c] : 1)",
+        "1",
+        MOVING + "test_nothing_is_left_of_a_shift_and_of_a_scale",
+    ),
+    Bug(
+        "the last microbatch as large as the others, in C",
+        "moving.c",
+        "m->all - g * m->each",
+        "m->each",
+        MOVING + "test_formulae",
+    ),
+    Bug(
+        "a recomputation with the own share of now",
+        "correction.py",
+        "own = use.limits.own\n        if",
+        "if",
+        MOVING + "test_checkpointing_changes_no_bit",
+    ),
+    Bug(
+        "buffers that move in a backward watched by autograd",
+        "moving.py",
+        "with torch.autograd.grad_mode._unsafe_preserve_version_counter((self.mean, self.slope)):",
+        "if True:",
+        MOVING + "test_compiled",
+    ),
+    Bug(
+        "a synchronisation over what the backward has moved",
+        "distributed.py",
+        "buffer + (new - old)",
+        "new",
+        MOVING + "test_synchronisation_shares_the_state",
     ),
     Bug(
         "a reading among the operators that selective checkpointing counts",

@@ -1,4 +1,4 @@
-/* The moving gradient on (C,)-vectors, around the backward of native.c: `Moving.given` and `Moving.move` of moving.py. */
+/* The moving gradient on (C,)-vectors, around the backward of native.c: `Moving.part` of moving.py. */
 
 #ifndef A
 

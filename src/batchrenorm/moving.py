@@ -37,23 +37,31 @@ class Moving(NamedTuple):
     own: float | Tensor  # share of the microbatch's own means, 1 in batch norm's warm-up and 0 once the limits are open
     replicas: Replicas | None = None  # who has the same mean and slope
 
-    def given(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """What is to be added to `own` times the microbatch's c0 and c1; scale is r and shift is d, ``(G, C)``."""
+    def part(
+        self, sum_dy: Tensor, sum_dy_x_hat: Tensor, count: Tensor, scale: Tensor, shift: Tensor, std: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """The sums that the backward is to take for those of dy and dy * x_hat; and the move of mean and slope.
+
+        Args:
+            sum_dy, sum_dy_x_hat: ``(G, C)`` or ``(C,)``, over the values of each microbatch.
+            count: of these values, ``(G, 1)`` or 0-d. Of moments that all replicas share everyone has an equal part,
+                since it is their sum that counts.
+            scale, shift, std: like the sums; r, d and sigma_B.
+            eps: in std, under the root.
+        """
         mean, slope = self.mean.to(scale.dtype), self.slope.to(scale.dtype)
-        rest = 1.0 - self.own
-        return rest * (mean + shift * slope), rest * scale * slope
+        rest = (1.0 - self.own) * count
+        sums = (
+            self.own * sum_dy + rest * (mean + shift * slope),
+            self.own * sum_dy_x_hat + rest * scale * slope,
+        )
+        self.move(sum_dy, sum_dy_x_hat, count, scale, shift, std, eps)
+        return sums
 
     def move(
         self, sum_dy: Tensor, sum_dy_x_hat: Tensor, count: Tensor, scale: Tensor, shift: Tensor, std: Tensor, eps: float
     ) -> None:
-        """Move mean and slope by what they leave of a step, one that is not finite excepted.
-
-        Args:
-            sum_dy, sum_dy_x_hat: ``(G, C)`` or ``(C,)``, over the values of each microbatch.
-            count: of these values, ``(G, 1)`` or 0-d.
-            scale, shift, std: like the sums; r, d and sigma_B.
-            eps: in std, under the root.
-        """
+        """Move mean and slope by what they leave of a step, where that is finite; arguments as for `part`."""
         mean, slope = self.mean.to(scale.dtype), self.slope.to(scale.dtype)
         # x_hat has mean 0 and mean square var / (var + eps).
         squares = count * (scale * scale * (1.0 - eps / (std * std)) + shift * shift)
@@ -122,6 +130,11 @@ def zeros(
         eps: in std.
         together: the moments, scale, shift and count are those of all replicas.
     """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "expected no transform of torch.func with gradient='moving', got one; a backward that moves buffers "
+            "is no function, so use gradient='microbatch' there"
+        )
     mean, _, std = moments
     own = moving.own if isinstance(moving.own, Tensor) else mean.new_full((), moving.own)
     group, size = ("", 1) if moving.replicas is None else moving.replicas
@@ -155,38 +168,35 @@ def _backward(
     own = own.to(mean.dtype)
     moving = Moving(gradient_mean, gradient_slope, own, Replicas(group, replicas) if group else None)
     sum_dy_x_hat = sum_dy_off / std
-    given, given_x_hat = moving.given(scale, shift)
-    # Of moments that all replicas share each has its part, and their sum is what counts.
-    part = count / replicas if together else count
-    moving.move(sum_dy, sum_dy_x_hat, part, scale, shift, std, eps)
+    count = count / replicas if together else count
+    sum_dy, sum_dy_x_hat = moving.part(sum_dy, sum_dy_x_hat, count, scale, shift, std, eps)
     a = scale / std if weight is None else scale / std * weight.to(mean.dtype)
-    return -a * (own * sum_dy + part * given), -a * (own * sum_dy_x_hat + part * given_x_hat)
+    return -a * sum_dy, -a * sum_dy_x_hat
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:9])
-    ctx.rest = inputs[9:]
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.batchrenorm.moving(*args)
 
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:9])
+        ctx.rest = inputs[9:]
 
-def _derivative(ctx: Any, factor_grad: Tensor, constant_grad: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(NOT_TWICE)
-    gradients = torch.ops.batchrenorm.moving_backward(factor_grad, constant_grad, *ctx.saved_tensors, *ctx.rest)
-    return *gradients, *[None] * 11
-
-
-def _no_vmap(*_: Any) -> None:
-    raise RuntimeError(
-        "expected no torch.vmap over a layer with gradient='moving', got one; its buffers move in the backward, so use "
-        "gradient='microbatch' for ensembles"
-    )
+    @staticmethod
+    def backward(ctx: Any, factor_grad: Tensor, constant_grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(NOT_TWICE)
+        gradients = torch.ops.batchrenorm.moving_backward(factor_grad, constant_grad, *ctx.saved_tensors, *ctx.rest)
+        return *gradients, *[None] * 11
 
 
 for _name, _function in (("moving", _forward), ("moving_backward", _backward)):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_vmap(f"batchrenorm::{_name}", _no_vmap, lib=_LIBRARY)
 torch.library.register_fake("batchrenorm::moving", _forward, lib=_LIBRARY)
 torch.library.register_fake(
     "batchrenorm::moving_backward", lambda a, b, *_: (torch.empty_like(a), torch.empty_like(b)), lib=_LIBRARY
 )
-torch.library.register_autograd("batchrenorm::moving", _derivative, setup_context=_setup, lib=_LIBRARY)
+_LIBRARY.impl("moving", _Node.apply, "Autograd")

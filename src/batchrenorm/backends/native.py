@@ -217,14 +217,11 @@ def _shared_gradients(
         bias_grad.copy_(sum_dy)
     if out is not None:
         a = scale / std if weight is None else weight * scale / std
-        if moving is None:
-            b, c = shared.coefficients(sum_dy, sum_dy_x_hat, a, std)
-        else:
-            given, given_x_hat = moving.given(scale, shift)
-            count = torch.full((), x.numel() // len(mean), dtype=mean.dtype)
-            moving.move(sum_dy, sum_dy_x_hat, count, scale, shift, std, eps)
-            b, c = shared.coefficients(sum_dy, sum_dy_x_hat, a, std)
-            b, c = moving.own * b - a * given_x_hat / std, moving.own * c - a * given
+        if moving is not None:
+            sum_dy, sum_dy_x_hat = moving.part(
+                sum_dy, sum_dy_x_hat, shared.total.to(mean.dtype) / shared.replicas.size, scale, shift, std, eps
+            )
+        b, c = shared.coefficients(sum_dy, sum_dy_x_hat, a, std)
         _run("brn_gradient", x, torch.stack([mean, var, std, a, b]), eps, size, grad, out, bias=c)
 
 

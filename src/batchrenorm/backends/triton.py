@@ -226,10 +226,8 @@ def _moved(moving: Moving, totals: Tensor, vectors: Tensor, eps: float, passes: 
     positions = x.numel() // (x.shape[0] * x.shape[1])
     count = std.new_full((passes.groups, 1), passes.size * positions)
     count[-1] = (x.shape[0] - (passes.groups - 1) * passes.size) * positions
-    given, given_x_hat = moving.given(scale, shift)
-    own = moving.own
-    moving.move(totals[0], totals[1] / std, count, scale, shift, std, eps)
-    return torch.stack([own * totals[0] + count * given, own * totals[1] + count * std * given_x_hat]).to(totals.dtype)
+    sum_dy, sum_dy_x_hat = moving.part(totals[0], totals[1] / std, count, scale, shift, std, eps)
+    return torch.stack([sum_dy, sum_dy_x_hat * std])
 
 
 # Past `Function.apply`, which looks for transforms of torch.func; with these at work this backend is not chosen.
