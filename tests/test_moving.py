@@ -221,10 +221,11 @@ def test_warm_up_is_the_papers_to_the_last_bit(dtype: torch.dtype) -> None:
         y = module(x.requires_grad_())
         gradients.append(torch.autograd.grad(y, [x, module.weight, module.bias], dy))  # type: ignore[list-item]
     for a, b in zip(*gradients):
-        if dtype == torch.float32:
+        if dtype == torch.float32 and LIBRARY is not None:
             assert torch.equal(a, b)
         else:
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+            error = {torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+            torch.testing.assert_close(a, b, rtol=error, atol=error)
 
 
 def test_nothing_is_left_of_a_shift_and_of_a_scale() -> None:
@@ -320,7 +321,7 @@ def test_second_derivatives_are_refused(dtype: torch.dtype, masked: bool) -> Non
 
 @pytest.mark.parametrize("transform", [torch.vmap, lambda f: torch.func.grad(lambda x: f(x).square().sum())])
 def test_transforms_are_refused(transform: Callable[..., Any]) -> None:
-    transformed, x = transform(layer()), torch.randn(6, C, C, dtype=torch.float64)
+    transformed, x = transform(layer()), torch.randn(4, C, C, C, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"expected no transform of torch.func .*'microbatch'"):
         transformed(x)
 
@@ -482,7 +483,7 @@ def sharded(group: Any, backend: str | None, step: int, shards: tuple[int, ...],
         mask=None,
         process_group=group,
         # On the second replica another one: they must agree on what they send.
-        backend=backend if rank != 1 else "decomposed",
+        backend="decomposed" if rank == 1 else backend if size is None else None,
         moving=Moving(state["gradient_mean"], state["gradient_slope"], CLIP.own_share(step)),
     )
     y.backward(dy[mine])

@@ -84,14 +84,14 @@ BUGS = [
     Bug(
         "r without its lower limit",
         "correction.py",
-        ".clamp_(1 / use.r_max, use.r_max)",
-        ".clamp_(max=use.r_max)",
+        ".clamp_(1 / r_max, r_max)",
+        ".clamp_(max=r_max)",
         STATE + "test_limits_hold_for_ever",
     ),
     Bug(
         "d without its limits",
         "correction.py",
-        ".clamp_(-use.d_max, use.d_max)",
+        ".clamp_(-d_max, d_max)",
         "",
         STATE + "test_limits_hold_for_ever",
     ),
@@ -182,7 +182,7 @@ BUGS = [
     Bug(
         "averages moved again by a recomputation",
         "correction.py",
-        "        if use.repeated:\n            return r, d, _stay\n",
+        "        if use.repeated:\n            return r, d, own, _stay\n",
         "",
         "test_recompute.py::test_checkpointing_changes_no_bit",
     ),
@@ -577,9 +577,9 @@ BUGS = [
     Bug(
         "the moving slope not divided by the squares of h, in C",
         "moving.c",
-        "(squares[c] > 1 ? squares[c] : 1)",
-        "1",
-        MOVING + "test_nothing_is_left_of_a_shift_and_of_a_scale",
+        "(squares[c] > all ? squares[c] : all)",
+        "all",
+        MOVING + "test_formulae",
     ),
     Bug(
         "the last microbatch as large as the others, in C",

@@ -166,7 +166,7 @@ def renormalize(
     if running_mean is None and mask is None and size == N and backend is None and replicas is None:
         return _finished(F.batch_norm(x, None, None, weight, bias, True, 0.0, eps), residual, activation)
     plain = is_plain_eager(x)
-    if moving is not None:
+    if moving is not None and replicas is not None:
         moving = moving._replace(replicas=replicas)
     passes = choose(backend, plain, mask, together, moving, x, weight, bias, residual, running_mean, running_var, step)
     if passes is native and replicas is None and suits_one_call(running_mean, running_var, step, mask, x):
@@ -251,6 +251,8 @@ def choose(
     refusal = fused.refusal(x, *others) if plain else "a compiler, a transform or a mode is at work"
     if refusal is None and fused is triton and together is not None:
         refusal = "statistics over a process group, whose sums these kernels do not share yet"
+    if refusal is None and fused is native:
+        refusal = native.refusal_of_moving(moving, x, together is not None)
     if backend is not None:
         if refusal is None:
             return fused

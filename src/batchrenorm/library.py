@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-PASS = struct.Struct("14P8q2d")
+PASS = struct.Struct("12P8qd")
 """`struct pass` of native.c, as far as the caller fills it."""
 STEP = struct.Struct("5P3q4d")
 """`struct step` of correction.c."""
-MOVING = struct.Struct("4P5q3d")
+MOVING = struct.Struct("3P5q3d")
 """`struct moving` of moving.c."""
 
 
@@ -27,7 +27,8 @@ def _load() -> ctypes.CDLL | None:
         for name in ("moments", "affine", "backward", "gradient", "move"):
             getattr(library, f"brn_{name}").argtypes = [ctypes.c_char_p]
         library.brn_forward.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_char_p]
-        library.brn_backward_around.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p]
+        addresses = ctypes.c_void_p, ctypes.c_void_p
+        library.brn_backward_given.argtypes = [ctypes.c_char_p, ctypes.c_double, *addresses, ctypes.c_char_p]
         sizes = library.brn_size_of_pass(), library.brn_size_of_step(), library.brn_size_of_moving()
     except (OSError, AttributeError):  # built for another machine, or from other sources
         return None
@@ -55,4 +56,4 @@ def _address(name: str) -> int:
 CORRECT = _address("brn_correct")
 """The function that `brn_forward` calls between the passes."""
 GIVEN, MOVE_GRADIENT = _address("brn_given"), _address("brn_move_gradient")
-"""Those that `brn_backward_around` calls before and after."""
+"""Those that `brn_backward_given` calls between the passes and after them."""

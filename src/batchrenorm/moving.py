@@ -136,7 +136,8 @@ def zeros(
             "is no function, so use gradient='microbatch' there"
         )
     mean, _, std = moments
-    own = moving.own if isinstance(moving.own, Tensor) else mean.new_full((), moving.own)
+    # Of one dtype, whether it is known now or was recalled.
+    own = moving.own.to(mean.dtype) if isinstance(moving.own, Tensor) else mean.new_full((), moving.own)
     group, size = ("", 1) if moving.replicas is None else moving.replicas
     weight = None if weight is None else weight.detach()
     return torch.ops.batchrenorm.moving(
@@ -165,7 +166,6 @@ def _backward(
     group: str,
     replicas: int,
 ) -> tuple[Tensor, Tensor]:
-    own = own.to(mean.dtype)
     moving = Moving(gradient_mean, gradient_slope, own, Replicas(group, replicas) if group else None)
     sum_dy_x_hat = sum_dy_off / std
     count = count / replicas if together else count

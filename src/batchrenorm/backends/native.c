@@ -25,17 +25,21 @@ struct pass {
     void *weight_grad, *bias_grad; /* likewise; in the backward NULL, as is out, where nobody needs it */
     const void *residual, *y;      /* added in the forward; the output, where the backward has to see the ReLU in it */
     void *residual_grad;           /* where there is a ReLU behind it, else it is dy */
-    const void *given;             /* (2, G, C): what a caller adds to `own` times the means that the backward subtracts */
-    void *means;                   /* (2, G, C): these means, of dy and of dy * x_hat, for that caller; else both NULL */
     parallel_region parallel;
     int64_t relu, threads, type, rows; /* rows: 1, planes: 0 */
     int64_t N, C, S, size;       /* size: samples (or rows) of a group; the last one may be smaller */
-    double eps, own;
+    double eps;
     /* From here on set by this file. */
     void *mean, *var, *std, *scale, *shift;
     int64_t groups, parts, part, chunks, chunk;
     void *a, *b, *c; /* (G, C) coefficients of a pass */
     double *partial;   /* (G, parts, 2, C): what each unit has found */
+    /* Where the backward is to subtract other means of dy and dy * x_hat than the group's own: `own` of these and what is
+     * given for some channels; and who wants to see the sums afterwards. Else NULL. */
+    void (*given)(const void *argument, int64_t g, int64_t c0, int64_t c1, void *of_dy, void *of_dy_x_hat);
+    void (*seen)(const void *argument, const double *sums, int64_t stride);
+    const void *argument;
+    double own;
 };
 
 struct pair {
@@ -377,16 +381,15 @@ int brn_backward(const void *packed)
     return TYPES[pass.type].backward(&pass);
 }
 
-/* The same around two functions: the first makes `given`, the second sees `means`, if there is one. */
-int brn_backward_around(const void *packed, void (*before)(const void *), void (*after)(const void *), const void *argument)
+/* The same with other means subtracted: see `struct pass`. */
+int brn_backward_given(const void *packed, double own, void *given, void *seen, const void *argument)
 {
     struct pass pass = unpack(packed);
-    before(argument);
-    if (TYPES[pass.type].backward(&pass))
-        return 1;
-    if (after)
-        after(argument);
-    return 0;
+    memcpy(&pass.given, &given, sizeof given);
+    memcpy(&pass.seen, &seen, sizeof seen);
+    pass.argument = argument;
+    pass.own = own;
+    return TYPES[pass.type].backward(&pass);
 }
 
 /* The second half of it, for callers who have the sums of more than this x: out = dy * a + ((x - mean) * b + c), with a and
