@@ -214,7 +214,7 @@ def _run(
         0 if residual is None else residual.data_ptr(),
         0 if y is None else y.data_ptr(),
         0 if residual_grad is None else residual_grad.data_ptr(),
-        PARALLEL,
+        *PARALLEL,
         relu,
         torch.get_num_threads() if elements > _ONE_THREAD else 1,
         _TYPES[x.dtype],
