@@ -331,7 +331,7 @@ BUGS = [
     Bug(
         "an overflow in the averages, in C",
         "correction.c",
-        "finite ? moved_mean : mu[c]",
+        "overflow == 0 ? moved_mean : mu[c]",
         "moved_mean",
         "test_errors.py::test_not_finite_shows_in_y_and_not_in_the_averages",
     ),

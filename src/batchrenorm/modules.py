@@ -142,7 +142,7 @@ class BatchRenorm(nn.Module):
             alpha, clip = self.momentum, self.clip  # for whoever can read the step without waiting
         elif self.training and step is not None:
             # On the CPU looking at the counter costs nothing; elsewhere it would wait for the device.
-            t = step.item() if step.device.type == "cpu" and is_plain_eager(x) else step
+            t = step.item() if step.is_cpu and is_plain_eager(x) else step
             r_max, d_max = self.clip(t if isinstance(self.clip, ClipSchedule) else step)  # type: ignore[arg-type]
             if self.momentum is None:
                 alpha = 1.0 / (as_real(t) + 1 if isinstance(t, Tensor) else t + 1)

@@ -60,9 +60,9 @@ def affine(
 
 def vectors(x: Tensor, size: int, more: int = 0) -> Tensor:
     """Memory for mean, var, std, scale and shift of G groups, ``(5 * G + more, C)``."""
-    N, C = x.shape[:2]
+    shape = x.shape
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty((5 * -(-N // size) + more, C), dtype=dtype)
+    return torch.empty(5 * -(-shape[0] // size) + more, shape[1], dtype=dtype, device="cpu")
 
 
 def forward(
