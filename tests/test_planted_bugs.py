@@ -315,6 +315,13 @@ BUGS = [
         NATIVE + "test_no_bit_depends_on_threads_or_processor",
     ),
     Bug(
+        "a thread that does only its own part",
+        "backends/native.c",
+        "for (int64_t i = 0; i < r->ranges; i++) {\n        int64_t range",
+        "for (int64_t i = 0; i < 1; i++) {\n        int64_t range",
+        NATIVE + "test_fewer_threads_than_asked_for",
+    ),
+    Bug(
         "r without its lower limit, in C",
         "correction.c",
         "sigma[c], r_min, r_max)",
