@@ -14,7 +14,7 @@ struct step {
     void *vectors;                      /* (5, G, C): mu_B, its variance, sigma_B, r, d */
     void *running_mean, *running_var;   /* (C,) */
     int64_t *counter;                   /* of training forwards, or NULL */
-    void *averages;                     /* (5, C): mean and sigma over G > 1 groups, sigma used, new mean, new variance */
+    void *averages;                     /* (5, C): mean and sigma of G > 1 groups, sigma used, new mean, new variance */
     int64_t G, C, size;                 /* size: of a number, 4 or 8 bytes */
     double alpha, eps, r_max, d_max;
 };

@@ -33,7 +33,7 @@ def _load() -> ctypes.CDLL | None:
 
 
 def _openmp() -> tuple[int, int]:
-    """Addresses of OpenMP's entry, and of what numbers its threads, in the runtime of torch's own threads; else zeros."""
+    """Addresses of OpenMP's entry and of what numbers its threads, in the runtime that torch has loaded, or zeros."""
     try:
         runtime = ctypes.CDLL(None)
         entries = runtime.GOMP_parallel, runtime.omp_get_thread_num
