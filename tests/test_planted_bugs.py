@@ -316,6 +316,13 @@ BUGS = [
         NATIVE + "test_no_bit_depends_on_threads_or_processor",
     ),
     Bug(
+        "a thread that does only its own part",
+        "backends/native.c",
+        "for (int64_t i = 0; i < r->ranges; i++) {\n        int64_t range",
+        "for (int64_t i = 0; i < 1; i++) {\n        int64_t range",
+        NATIVE + "test_fewer_threads_than_asked_for",
+    ),
+    Bug(
         "r without its lower limit, in C",
         "correction.c",
         "sigma[c], r_min, r_max)",
@@ -332,7 +339,7 @@ BUGS = [
     Bug(
         "an overflow in the averages, in C",
         "correction.c",
-        "finite ? moved_mean : mu[c]",
+        "overflow == 0 ? moved_mean : mu[c]",
         "moved_mean",
         "test_errors.py::test_not_finite_shows_in_y_and_not_in_the_averages",
     ),

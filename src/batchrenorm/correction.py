@@ -132,9 +132,10 @@ def in_one_call(
         r_max,
         d_max,
     )
-    node = _node_of_this_forward()
+    may_be_repeated = _may_be_repeated()
+    node = _node_of_this_forward() if may_be_repeated else 0
     y = native.forward(x, weight, bias, residual, activation, vectors, eps, size, moving, (CORRECT, packed))
-    if _may_be_repeated():
+    if may_be_repeated:
         # To be found by, so as a recomputation will compute it, to the last bit.
         mean = vectors[0] if groups == 1 else vectors[:groups].mean(0)
         sigma = vectors[5 * groups + 2]

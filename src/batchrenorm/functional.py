@@ -354,7 +354,7 @@ def _check_tensors(
         )
     C = x.shape[1]
     for vector in (running_mean, running_var, weight, bias):
-        if vector is not None and (vector.ndim != 1 or vector.shape[0] != C):
+        if vector is not None and vector.shape != (C,):
             names = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
             name = next(name for name, v in names.items() if v is vector)
             raise ValueError(
@@ -377,10 +377,7 @@ def check_settings(
         raise ValueError(f"expected momentum in [0, 1], the weight of the new value, got {alpha}; the paper uses 0.01")
     if not eps >= 0.0:
         raise ValueError(f"expected eps >= 0, got {eps}; torch.nn.BatchNorm2d uses 1e-5")
-    if not isinstance(r_max, Tensor):
-        check_limits(r_max, 0.0)
-    if not isinstance(d_max, Tensor):
-        check_limits(1.0, d_max)
+    check_limits(1.0 if isinstance(r_max, Tensor) else r_max, 0.0 if isinstance(d_max, Tensor) else d_max)
     if microbatch_size is not None:
         if not isinstance(microbatch_size, int):
             raise TypeError(

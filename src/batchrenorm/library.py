@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-PASS = struct.Struct("12P8qd")
+PASS = struct.Struct("13P8qd")
 """`struct pass` of native.c, as far as the caller fills it."""
 STEP = struct.Struct("5P3q4d")
 """`struct step` of correction.c."""
@@ -36,17 +36,20 @@ def _load() -> ctypes.CDLL | None:
     return library if sizes == (PASS.size, STEP.size, MOVING.size) else None
 
 
-def _parallel_region() -> int:
-    """Address of OpenMP's entry in the runtime that torch has loaded, and so of torch's own threads; 0 without."""
+def _openmp() -> tuple[int, int]:
+    """Addresses of OpenMP's entry and of what numbers its threads, in the runtime that torch has loaded, or zeros."""
     try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value or 0
+        runtime = ctypes.CDLL(None)
+        entries = runtime.GOMP_parallel, runtime.omp_get_thread_num
     except (AttributeError, OSError, TypeError):
-        return 0
+        return 0, 0
+    parallel, thread = (ctypes.cast(entry, ctypes.c_void_p).value or 0 for entry in entries)
+    return parallel, thread
 
 
 LIBRARY = _load()
 """None where there was no C compiler: everything has a form in torch operators."""
-PARALLEL = 0 if LIBRARY is None else _parallel_region()
+PARALLEL = (0, 0) if LIBRARY is None else _openmp()
 
 
 def _address(name: str) -> int:

@@ -164,7 +164,7 @@ class BatchRenorm(nn.Module):
         moving = None
         if self.training and step is not None:
             # On the CPU looking at the counter costs nothing; elsewhere it would wait for the device.
-            t = step.item() if step.device.type == "cpu" and is_plain_eager(x) else step
+            t = step.item() if step.is_cpu and is_plain_eager(x) else step
             if step.is_cuda and isinstance(self.clip, ClipSchedule):
                 alpha, clip = self.momentum, self.clip  # for whoever can read the step without waiting
             else:

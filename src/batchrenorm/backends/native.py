@@ -73,9 +73,9 @@ def affine(
 
 def vectors(x: Tensor, size: int, more: int = 0) -> Tensor:
     """Memory for mean, var, std, scale and shift of G groups, ``(5 * G + more, C)``."""
-    N, C = x.shape[:2]
+    shape = x.shape
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty((5 * -(-N // size) + more, C), dtype=dtype)
+    return torch.empty(5 * -(-shape[0] // size) + more, shape[1], dtype=dtype, device="cpu")
 
 
 def forward(
@@ -258,7 +258,7 @@ def _run(
         0 if residual is None else residual.data_ptr(),
         0 if y is None else y.data_ptr(),
         0 if residual_grad is None else residual_grad.data_ptr(),
-        PARALLEL,
+        *PARALLEL,
         relu,
         torch.get_num_threads() if elements > _ONE_THREAD else 1,
         _TYPES[x.dtype],

@@ -642,10 +642,12 @@ static void NAME(finish_moments)(const struct pass *pass, int64_t g, int64_t c0,
 
 static void NAME(moments_of_unit)(const struct pass *pass, struct unit u)
 {
+    struct found found;
     if (pass->rows)
-        NAME(moments_of_rows)(pass, u);
+        NAME(moments_of_rows)(pass, own(u, &found));
     else
-        NAME(moments_of_planes)(pass, u);
+        NAME(moments_of_planes)(pass, own(u, &found));
+    hand_over(u, &found);
     if (pass->parts == 1)
         NAME(finish_moments)(pass, u.group, u.c0, u.c1);
 }
@@ -735,10 +737,12 @@ static void NAME(gradient_of_unit)(const struct pass *pass, struct unit u)
  * cache. */
 static void NAME(sums_of_unit)(const struct pass *pass, struct unit u)
 {
+    struct found found;
     if (pass->rows)
-        NAME(sums_of_rows)(pass, u);
+        NAME(sums_of_rows)(pass, own(u, &found));
     else
-        NAME(sums_of_planes)(pass, u);
+        NAME(sums_of_planes)(pass, own(u, &found));
+    hand_over(u, &found);
     int all = pass->parts == 1;
     if (all)
         NAME(finish_sums)(pass, u.group, u.c0, u.c1);
