@@ -87,7 +87,9 @@ def check(
     cotangent = dy.double().numpy()
     if relu:
         cotangent = np.where(truth.y + (0 if residual is None else residual.double().numpy()) > 0, cotangent, 0)
-    dx, new_mean, new_slope = oracle.moving_backward(truth, cotangent, mean, slope, CLIP.own_share(step))
+    dx, new_mean, new_slope = oracle.moving_backward(
+        truth, cotangent, np.sqrt(var + 1e-5), mean, slope, CLIP.own_share(step)
+    )
     # e and e * h are sums of these.
     h = max(np.abs(g.x_hat).max() for g in truth.groups)
     terms = np.abs(cotangent).max() + np.abs(mean) + h * np.abs(slope)

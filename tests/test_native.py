@@ -308,7 +308,7 @@ def test_correction_is_the_one_in_torch_operators(
     var[5] = 0
     statistics = mu_B, _, sigma_B = native.moments(x, EPS, size)
     expected = [mean.clone(), var.clone(), torch.tensor(3)]
-    r, d, _, move = correction.correct(
+    r, d, _, _, move = correction.correct(
         mu_B, sigma_B, *expected, alpha=alpha, eps=EPS, r_max=r_max, d_max=d_max, layer=torch.zeros(1), plain=True
     )
     y = native.affine(x, statistics, EPS, r, d, None, None, size)

@@ -182,7 +182,7 @@ BUGS = [
     Bug(
         "averages moved again by a recomputation",
         "correction.py",
-        "        if use.repeated:\n            return r, d, own, _stay\n",
+        "        if use.repeated:\n            return r, d, own, use.sigma, _stay\n",
         "",
         "test_recompute.py::test_checkpointing_changes_no_bit",
     ),
@@ -586,6 +586,13 @@ BUGS = [
         "moving.c",
         "(squares[c] > all ? squares[c] : all)",
         "all",
+        MOVING + "test_formulae",
+    ),
+    Bug(
+        "the moving gradient's factor without its limit",
+        "moving.py",
+        "rest = (1.0 - self.own) * (std / (scale * self.sigma)).clamp(max=1.0)",
+        "rest = 1.0 - self.own",
         MOVING + "test_formulae",
     ),
     Bug(

@@ -206,7 +206,7 @@ def renormalize(
     mu_B, sigma_B = (v.detach() if v.requires_grad else v for v in (mean, std))
     if replicas is not None and together is None:
         mu_B, sigma_B, share = mean_of_groups(mu_B, sigma_B, share, N, replicas)
-    r, d, own, move = correct(
+    r, d, own, sigma, move = correct(
         mu_B,
         sigma_B,
         running_mean,
@@ -226,7 +226,10 @@ def renormalize(
     if moving is None:
         y = passes.affine(x, moments, eps, r, d, weight, bias, size, residual, activation, *shared)
     else:
-        options: dict[str, Any] = {"shared": shared[0] if shared else None, "moving": moving._replace(own=own)}
+        options: dict[str, Any] = {
+            "shared": shared[0] if shared else None,
+            "moving": moving._replace(own=own, sigma=sigma),
+        }
         if mask is not None and together is None:
             options["mask"] = mask
         y = passes.affine(x, moments, eps, r, d, weight, bias, size, residual, activation, **options)

@@ -12,7 +12,7 @@ PASS = struct.Struct("13P8qd")
 """`struct pass` of native.c, as far as the caller fills it."""
 STEP = struct.Struct("5P3q4d")
 """`struct step` of correction.c."""
-MOVING = struct.Struct("3P5q3d")
+MOVING = struct.Struct("4P5q3d")
 """`struct moving` of moving.c."""
 
 

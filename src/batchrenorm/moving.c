@@ -10,6 +10,7 @@
 struct moving {
     const void *vectors; /* (5, G, C): mean, var, std, scale, shift */
     void *mean, *slope;  /* (C,), the layer's */
+    const void *sigma;   /* (C,), that r was computed from */
     int64_t G, C, size;  /* size: of a number, 4 or 8 bytes */
     int64_t all, each;   /* values of a channel in all groups, and in one; the last may have fewer */
     double own, eps, rate;
@@ -27,15 +28,16 @@ struct moving {
 
 int brn_size_of_moving(void) { return (int)sizeof(struct moving); }
 
-/* Of channels c0 to c1 of group g: what there is to be added to `own` times the means of dy and of dy * x_hat. */
-void brn_given(const void *packed, int64_t g, int64_t c0, int64_t c1, void *of_dy, void *of_dy_x_hat)
+/* Of channels c0 to c1 of group g: what there is to be added to `own` times the means of dy and of dy * x_hat, and the
+ * factor of dy. */
+void brn_given(const void *packed, int64_t g, int64_t c0, int64_t c1, void *of_dy, void *of_dy_x_hat, void *factor)
 {
     struct moving m;
     memcpy(&m, packed, sizeof m);
     if (m.size == sizeof(float))
-        given_f32(&m, g, c0, c1, of_dy, of_dy_x_hat);
+        given_f32(&m, g, c0, c1, of_dy, of_dy_x_hat, factor);
     else
-        given_f64(&m, g, c0, c1, of_dy, of_dy_x_hat);
+        given_f64(&m, g, c0, c1, of_dy, of_dy_x_hat, factor);
 }
 
 /* The move of mean and slope by what they leave of dy; from the C sums of dy of each group, and behind them those of
@@ -52,15 +54,23 @@ void brn_move_gradient(const void *packed, const double *sums, int64_t stride)
 
 #else
 
-static void NAME(given)(const struct moving *m, int64_t g, int64_t c0, int64_t c1, A *restrict of_dy, A *restrict of_dy_x_hat)
+static void NAME(given)(const struct moving *m, int64_t g, int64_t c0, int64_t c1, A *restrict of_dy,
+                        A *restrict of_dy_x_hat, A *restrict factor)
 {
-    const A *restrict scale = (const A *)m->vectors + (3 * m->G + g) * m->C + c0, *restrict shift = scale + m->G * m->C;
+    const A *restrict std = (const A *)m->vectors + (2 * m->G + g) * m->C + c0, *restrict scale = std + m->G * m->C;
+    const A *restrict shift = scale + m->G * m->C, *restrict sigma = (const A *)m->sigma + c0;
     const A *restrict mean = (const A *)m->mean + c0, *restrict slope = (const A *)m->slope + c0;
-    A rest = (A)(1 - m->own);
+    A own = (A)m->own, rest = (A)(1 - m->own);
+    for (int64_t c = 0; c < c1 - c0; c++) {
+        A limited = std[c] / (scale[c] * sigma[c]);
+        factor[c] = rest * (limited < 1 ? limited : 1);
+    }
     for (int64_t c = 0; c < c1 - c0; c++)
-        of_dy[c] = rest * (mean[c] + shift[c] * slope[c]);
+        of_dy[c] = factor[c] * (mean[c] + shift[c] * slope[c]);
     for (int64_t c = 0; c < c1 - c0; c++)
-        of_dy_x_hat[c] = rest * (scale[c] * slope[c]);
+        of_dy_x_hat[c] = factor[c] * (scale[c] * slope[c]);
+    for (int64_t c = 0; c < c1 - c0; c++)
+        factor[c] += own;
 }
 
 static void NAME(move)(const struct moving *m, const double *sums, int64_t stride)

@@ -11,9 +11,15 @@ regression of dy on h over the past steps, moved in every backward by what it le
     mean  += RATE * <e>            slope += RATE * <e h> / max(1, <h²>)
 
 so that <e> = <e h> = 0 in the long run: a shift or a scale of x changes nothing, as behind the population's moments.
-While the limits open the two are mixed, `own` parts of the microbatch's means and 1 - own of these. The derivation, and
-what it is worth, are in docs/theory-backward.md. The sums are those that the gradients of weight and bias need anyway,
-so there is no other heavy pass. `moving.c` is the same in C.
+While the limits open the two are mixed, `own` parts of the microbatch's gradient and 1 - own of this. And its factor
+is at most the population's,
+
+    min(r / sigma_B, 1 / sigma)
+
+which are the same where r is not clipped. Of a microbatch of nearly equal values, whose r ends at 1 / r_max, the paper's
+projection leaves almost no gradient; this one would be without limit, and the mean of 1 / sigma_B of two values is
+infinite. The derivation, and what it is worth, are in docs/theory-backward.md. The sums are those that the gradients of
+weight and bias need anyway, so there is no other heavy pass. `moving.c` is the same in C.
 """
 
 from __future__ import annotations
@@ -35,12 +41,13 @@ class Moving(NamedTuple):
     mean: Tensor  # (C,) of dy before weight, at h = 0; the layer's buffer, which the backward reads and writes
     slope: Tensor  # (C,) likewise, of dy on h
     own: float | Tensor  # share of the microbatch's own means, 1 in batch norm's warm-up and 0 once the limits are open
+    sigma: Tensor | None = None  # (C,) that r was computed from; None where the kernel that computed r has it
     replicas: Replicas | None = None  # who has the same mean and slope
 
     def part(
         self, sum_dy: Tensor, sum_dy_x_hat: Tensor, count: Tensor, scale: Tensor, shift: Tensor, std: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        """The sums that the backward is to take for those of dy and dy * x_hat; and the move of mean and slope.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the backward is to take for the sums of dy and of dy * x_hat and as a factor of dy; the state moves.
 
         Args:
             sum_dy, sum_dy_x_hat: ``(G, C)`` or ``(C,)``, over the values of each microbatch.
@@ -50,13 +57,15 @@ class Moving(NamedTuple):
             eps: in std, under the root.
         """
         mean, slope = self.mean.to(scale.dtype), self.slope.to(scale.dtype)
-        rest = (1.0 - self.own) * count
-        sums = (
-            self.own * sum_dy + rest * (mean + shift * slope),
-            self.own * sum_dy_x_hat + rest * scale * slope,
+        assert self.sigma is not None
+        rest = (1.0 - self.own) * (std / (scale * self.sigma)).clamp(max=1.0)
+        found = (
+            self.own * sum_dy + rest * count * (mean + shift * slope),
+            self.own * sum_dy_x_hat + rest * count * scale * slope,
+            self.own + rest,
         )
         self.move(sum_dy, sum_dy_x_hat, count, scale, shift, std, eps)
-        return sums
+        return found
 
     def move(
         self, sum_dy: Tensor, sum_dy_x_hat: Tensor, count: Tensor, scale: Tensor, shift: Tensor, std: Tensor, eps: float
@@ -101,7 +110,7 @@ NOT_TWICE = (
 # version of saved tensors, where two backwards of compiled code are pending.
 _LIBRARY = torch.library.Library("batchrenorm", "FRAGMENT")
 _ARGUMENTS = (
-    "Tensor mean, Tensor std, Tensor scale, Tensor shift, Tensor? weight, Tensor count, Tensor own, "
+    "Tensor mean, Tensor std, Tensor scale, Tensor shift, Tensor? weight, Tensor count, Tensor own, Tensor sigma, "
     "Tensor gradient_mean, Tensor gradient_slope, float eps, bool together, str group, int replicas"
 )
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -109,7 +118,7 @@ _LIBRARY.define(f"moving({_ARGUMENTS}) -> (Tensor, Tensor)", tags=_TAGS)
 _LIBRARY.define(f"moving_backward(Tensor sum_dy_off, Tensor sum_dy, {_ARGUMENTS}) -> (Tensor, Tensor)", tags=_TAGS)
 
 
-def zeros(
+def zeros_and_factor(
     moving: Moving,
     moments: tuple[Tensor, Tensor, Tensor],
     scale: Tensor,
@@ -118,8 +127,8 @@ def zeros(
     count: Tensor,
     eps: float,
     together: bool,
-) -> tuple[Tensor, Tensor]:
-    """To be added to the factor of ``x - mean`` and to the constant, neither of which then has a gradient of its own.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Two to be added to the factor of ``x - mean`` and to the constant, and the factor of dy on its way to x.
 
     Args:
         moving: state.
@@ -136,13 +145,15 @@ def zeros(
             "is no function, so use gradient='microbatch' there"
         )
     mean, _, std = moments
+    assert moving.sigma is not None
     # Of one dtype, whether it is known now or was recalled.
     own = moving.own.to(mean.dtype) if isinstance(moving.own, Tensor) else mean.new_full((), moving.own)
     group, size = ("", 1) if moving.replicas is None else moving.replicas
     weight = None if weight is None else weight.detach()
-    return torch.ops.batchrenorm.moving(
-        mean, std, scale, shift, weight, count, own, moving.mean, moving.slope, eps, together, group, size
+    zero, zero_too = torch.ops.batchrenorm.moving(
+        mean, std, scale, shift, weight, count, own, moving.sigma, moving.mean, moving.slope, eps, together, group, size
     )
+    return zero, zero_too, own + (1.0 - own) * (std.detach() / (scale * moving.sigma)).clamp(max=1.0)
 
 
 def _forward(mean: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -159,6 +170,7 @@ def _backward(
     weight: Tensor | None,
     count: Tensor,
     own: Tensor,
+    sigma: Tensor,
     gradient_mean: Tensor,
     gradient_slope: Tensor,
     eps: float,
@@ -166,10 +178,10 @@ def _backward(
     group: str,
     replicas: int,
 ) -> tuple[Tensor, Tensor]:
-    moving = Moving(gradient_mean, gradient_slope, own, Replicas(group, replicas) if group else None)
+    moving = Moving(gradient_mean, gradient_slope, own, sigma, Replicas(group, replicas) if group else None)
     sum_dy_x_hat = sum_dy_off / std
     count = count / replicas if together else count
-    sum_dy, sum_dy_x_hat = moving.part(sum_dy, sum_dy_x_hat, count, scale, shift, std, eps)
+    sum_dy, sum_dy_x_hat, _ = moving.part(sum_dy, sum_dy_x_hat, count, scale, shift, std, eps)
     a = scale / std if weight is None else scale / std * weight.to(mean.dtype)
     return -a * sum_dy, -a * sum_dy_x_hat
 
@@ -182,15 +194,15 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:9])
-        ctx.rest = inputs[9:]
+        ctx.save_for_backward(*inputs[:10])
+        ctx.rest = inputs[10:]
 
     @staticmethod
     def backward(ctx: Any, factor_grad: Tensor, constant_grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(NOT_TWICE)
         gradients = torch.ops.batchrenorm.moving_backward(factor_grad, constant_grad, *ctx.saved_tensors, *ctx.rest)
-        return *gradients, *[None] * 11
+        return *gradients, *[None] * 12
 
 
 for _name, _function in (("moving", _forward), ("moving_backward", _backward)):

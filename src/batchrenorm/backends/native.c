@@ -37,8 +37,8 @@ struct pass {
     void *a, *b, *c; /* (G, C) coefficients of a pass */
     double *partial;   /* (G, parts, 2, C): what each unit has found */
     /* Where the backward is to subtract other means of dy and dy * x_hat than the group's own: `own` of these and what is
-     * given for some channels; and who wants to see the sums afterwards. Else NULL. */
-    void (*given)(const void *argument, int64_t g, int64_t c0, int64_t c1, void *of_dy, void *of_dy_x_hat);
+     * given for some channels, from dy times a factor; and who wants to see the sums afterwards. Else NULL. */
+    void (*given)(const void *argument, int64_t g, int64_t c0, int64_t c1, void *of_dy, void *of_dy_x_hat, void *factor);
     void (*seen)(const void *argument, const double *sums, int64_t stride);
     const void *argument;
     double own;

@@ -161,13 +161,15 @@ def _given(moving: Moving, statistics: Tensor, eps: float, size: int, x: Tensor)
     """The arguments of `brn_backward_given` after the first: own share, functions of moving.c and their argument."""
     N, C = x.shape[0], x.shape[1]
     each = x.numel() // (N * C) * size
-    mean, slope, share, _ = moving
-    own = float(share)
+    mean, slope, share, sigma, _ = moving
+    own, groups = float(share), -(-N // size)
     packed = MOVING.pack(
         statistics.data_ptr(),
         mean.data_ptr(),
         slope.data_ptr(),
-        -(-N // size),
+        # `correction.c` left it behind the groups' vectors and the mean and sigma of these.
+        statistics[5 * groups + 2].data_ptr() if sigma is None else sigma.data_ptr(),
+        groups,
         C,
         statistics.itemsize,
         x.numel() // C,
@@ -203,12 +205,12 @@ def _shared_gradients(
         bias_grad.copy_(sum_dy)
     if out is not None:
         a = scale / std if weight is None else weight * scale / std
+        factor: float | Tensor = 1.0
         if moving is not None:
-            sum_dy, sum_dy_x_hat = moving.part(
-                sum_dy, sum_dy_x_hat, shared.total.to(mean.dtype) / shared.replicas.size, scale, shift, std, eps
-            )
+            count = shared.total.to(mean.dtype) / shared.replicas.size
+            sum_dy, sum_dy_x_hat, factor = moving.part(sum_dy, sum_dy_x_hat, count, scale, shift, std, eps)
         b, c = shared.coefficients(sum_dy, sum_dy_x_hat, a, std)
-        _run("brn_gradient", x, torch.stack([mean, var, std, a, b]), eps, size, grad, out, bias=c)
+        _run("brn_gradient", x, torch.stack([mean, var, std, a * factor, b]), eps, size, grad, out, bias=c)
 
 
 # Past `Function.apply`, which looks for transforms of torch.func; with these at work this backend is not chosen.

@@ -701,10 +701,10 @@ static void NAME(coefficients)(const struct pass *pass, int64_t g, int64_t c0, i
     double share = -1.0 / (double)(count(pass, g) * pass->S);
     if (pass->given) {
         enum { SOME = 256 };
-        A of_dy[SOME], of_dy_x_hat[SOME], own = (A)pass->own;
+        A of_dy[SOME], of_dy_x_hat[SOME], factor[SOME], own = (A)pass->own;
         for (int64_t k0 = c0; k0 < c1; k0 += SOME) {
             int64_t k1 = least(k0 + SOME, c1);
-            pass->given(pass->argument, g, k0, k1, of_dy, of_dy_x_hat);
+            pass->given(pass->argument, g, k0, k1, of_dy, of_dy_x_hat, factor);
             for (int64_t k = k0; own != 0 && k < k1; k++)
                 of_dy[k - k0] -= own * (A)(first[k] * share);
             for (int64_t k = k0; own != 0 && k < k1; k++)
@@ -713,6 +713,8 @@ static void NAME(coefficients)(const struct pass *pass, int64_t g, int64_t c0, i
                 b[k] = -a[k] * (of_dy_x_hat[k - k0] / std[k]);
             for (int64_t k = k0; k < k1; k++)
                 c[k] = -a[k] * of_dy[k - k0];
+            for (int64_t k = k0; k < k1; k++)
+                a[k] *= factor[k - k0];
         }
         return;
     }
