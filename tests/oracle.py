@@ -120,6 +120,25 @@ def backward(step: Step, dy: Array) -> tuple[Array, Array, Array]:
     return dx, dgamma, dbeta
 
 
+def moving_backward(
+    step: Step, dy: Array, sigma: Array, mean: Array, slope: Array, own: float, rate: float = 0.1
+) -> tuple[Array, Array, Array]:
+    """dl/dx of docs/theory-backward.md, "regress", and its mean and slope after the step; dy is before gamma.
+
+    sigma is that of before the step. Masked elements are no argument of the moments: nothing is subtracted from theirs.
+    """
+    dx, _, _ = backward(step, dy)
+    left, left_h, squares, count = np.zeros_like(mean), np.zeros_like(mean), np.zeros_like(mean), 0
+    for g in step.groups:
+        dl_dy, real = _matrix(np.asarray(dy[g.rows], np.float64)), g.real[:, None]
+        e = dl_dy - real * (mean + g.x_hat * slope)
+        moving = step.gamma * np.minimum(g.r / g.sigma_B, 1 / sigma) * e
+        dx[g.rows] = own * dx[g.rows] + (1 - own) * _tensor(moving, dx[g.rows].shape)
+        left, left_h = left + e.sum(0), left_h + (e * g.x_hat).sum(0)
+        squares, count = squares + (real * g.x_hat**2).sum(0), count + g.real.sum()
+    return dx, mean + rate * left / count, slope + rate * left_h / np.maximum(squares, count)
+
+
 def inference(x: Array, mu: Array, sigma: Array, gamma: Array | None = None, beta: Array | None = None) -> Array:
     gamma = np.ones_like(mu) if gamma is None else gamma
     beta = np.zeros_like(mu) if beta is None else beta

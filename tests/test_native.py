@@ -122,10 +122,31 @@ def test_no_bit_depends_on_threads_or_processor(
 
 
 @needs_library
+@pytest.mark.parametrize("layout", ["planes", "rows"])
+def test_fewer_threads_than_asked_for(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenMP may give less (OMP_THREAD_LIMIT, a region within another): the threads that come do everything."""
+    threads = torch.get_num_threads()
+    asked = []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    def one_comes(work: int, data: int, threads: int, flags: int) -> None:
+        asked.append(threads)
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work)(data)
+
+    number = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 2)
+    addresses = tuple(ctypes.cast(f, ctypes.c_void_p).value for f in (one_comes, number))
+    monkeypatch.setattr(native, "PARALLEL", addresses)
+    torch.set_num_threads(3)
+    step((7, 2, 331, 303), torch.float32, layout, None)
+    torch.set_num_threads(threads)
+    assert 3 in asked
+
+
+@needs_library
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere torch may use another runtime")
 def test_threads_are_torchs_own() -> None:
     """A second OpenMP runtime would bring a second pool of threads, which waits by spinning."""
-    assert library.PARALLEL != 0
+    assert all(library.PARALLEL)
     script = """
 import os, torch, batchrenorm as brn
 torch.set_num_threads(3)
@@ -287,7 +308,7 @@ def test_correction_is_the_one_in_torch_operators(
     var[5] = 0
     statistics = mu_B, _, sigma_B = native.moments(x, EPS, size)
     expected = [mean.clone(), var.clone(), torch.tensor(3)]
-    r, d, _, move = correction.correct(
+    r, d, _, _, move = correction.correct(
         mu_B, sigma_B, *expected, alpha=alpha, eps=EPS, r_max=r_max, d_max=d_max, layer=torch.zeros(1), plain=True
     )
     y = native.affine(x, statistics, EPS, r, d, None, None, size)

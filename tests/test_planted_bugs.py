@@ -36,6 +36,7 @@ REPLICAS, SHARED = "test_replicas.py::", "test_distributed.py::"
 SHARDED = REPLICAS + "test_sharded_is_whole"
 TRITON = "test_triton.py::"
 SHAPES = EXACT + "test_shapes"
+MOVING = "test_moving.py::"
 
 BUGS = [
     Bug(
@@ -83,14 +84,14 @@ BUGS = [
     Bug(
         "r without its lower limit",
         "correction.py",
-        ".clamp_(1 / use.r_max, use.r_max)",
-        ".clamp_(max=use.r_max)",
+        ".clamp_(1 / r_max, r_max)",
+        ".clamp_(max=r_max)",
         STATE + "test_limits_hold_for_ever",
     ),
     Bug(
         "d without its limits",
         "correction.py",
-        ".clamp_(-use.d_max, use.d_max)",
+        ".clamp_(-d_max, d_max)",
         "",
         STATE + "test_limits_hold_for_ever",
     ),
@@ -181,7 +182,7 @@ BUGS = [
     Bug(
         "averages moved again by a recomputation",
         "correction.py",
-        "        if use.repeated:\n            return r, d, _stay\n",
+        "        if use.repeated:\n            return r, d, own, use.sigma, _stay\n",
         "",
         "test_recompute.py::test_checkpointing_changes_no_bit",
     ),
@@ -315,6 +316,13 @@ BUGS = [
         NATIVE + "test_no_bit_depends_on_threads_or_processor",
     ),
     Bug(
+        "a thread that does only its own part",
+        "backends/native.c",
+        "for (int64_t i = 0; i < r->ranges; i++) {\n        int64_t range",
+        "for (int64_t i = 0; i < 1; i++) {\n        int64_t range",
+        NATIVE + "test_fewer_threads_than_asked_for",
+    ),
+    Bug(
         "r without its lower limit, in C",
         "correction.c",
         "sigma[c], r_min, r_max)",
@@ -331,7 +339,7 @@ BUGS = [
     Bug(
         "an overflow in the averages, in C",
         "correction.c",
-        "finite ? moved_mean : mu[c]",
+        "overflow == 0 ? moved_mean : mu[c]",
         "moved_mean",
         "test_errors.py::test_not_finite_shows_in_y_and_not_in_the_averages",
     ),
@@ -565,6 +573,55 @@ BUGS = [
         "part = (t - start).to",
         "part = (t + 1 - start).to",
         TRITON + "test_limits_are_the_schedules",
+    ),
+    Bug(
+        "the moving slope not divided by the squares of h",
+        "moving.py",
+        "torch.maximum(squares, count)",
+        "count",
+        MOVING + "test_formulae",
+    ),
+    Bug(
+        "the moving slope not divided by the squares of h, in C",
+        "moving.c",
+        "(squares[c] > all ? squares[c] : all)",
+        "all",
+        MOVING + "test_formulae",
+    ),
+    Bug(
+        "the moving gradient's factor without its limit",
+        "moving.py",
+        "rest = (1.0 - self.own) * (std / (scale * self.sigma)).clamp(max=1.0)",
+        "rest = 1.0 - self.own",
+        MOVING + "test_formulae",
+    ),
+    Bug(
+        "the last microbatch as large as the others, in C",
+        "moving.c",
+        "m->all - g * m->each",
+        "m->each",
+        MOVING + "test_formulae",
+    ),
+    Bug(
+        "a recomputation with the own share of now",
+        "correction.py",
+        "own = use.limits.own\n        if",
+        "if",
+        MOVING + "test_checkpointing_changes_no_bit",
+    ),
+    Bug(
+        "buffers that move in a backward watched by autograd",
+        "moving.py",
+        "with torch.autograd.grad_mode._unsafe_preserve_version_counter((self.mean, self.slope)):",
+        "if True:",
+        MOVING + "test_compiled",
+    ),
+    Bug(
+        "a synchronisation over what the backward has moved",
+        "distributed.py",
+        "buffer + (new - old)",
+        "new",
+        MOVING + "test_synchronisation_shares_the_state",
     ),
     Bug(
         "a reading among the operators that selective checkpointing counts",

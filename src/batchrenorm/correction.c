@@ -14,7 +14,7 @@ struct step {
     void *vectors;                      /* (5, G, C): mu_B, its variance, sigma_B, r, d */
     void *running_mean, *running_var;   /* (C,) */
     int64_t *counter;                   /* of training forwards, or NULL */
-    void *averages;                     /* (5, C): mean and sigma over the G groups, sigma used, new mean, new variance */
+    void *averages;                     /* (5, C): mean and sigma of G > 1 groups, sigma used, new mean, new variance */
     int64_t G, C, size;                 /* size: of a number, 4 or 8 bytes */
     double alpha, eps, r_max, d_max;
 };
@@ -71,7 +71,9 @@ static void NAME(correct)(const struct step *s)
     int64_t GC = s->G * s->C;
     const A *mu_B = s->vectors, *sigma_B = mu_B + 2 * GC, *mu = s->running_mean, *var = s->running_var;
     A *r = (A *)s->vectors + 3 * GC, *d = r + GC;
-    A *mean = s->averages, *std = mean + s->C, *sigma = std + s->C, *new_mean = sigma + s->C, *new_var = new_mean + s->C;
+    A *mean_of_groups = s->averages, *std_of_groups = mean_of_groups + s->C, *sigma = std_of_groups + s->C, *new_mean = sigma + s->C,
+      *new_var = new_mean + s->C;
+    const A *mean = mean_of_groups, *std = std_of_groups;
     A eps = (A)s->eps, alpha = (A)s->alpha, r_max = (A)s->r_max, r_min = (A)(1 / s->r_max), d_max = (A)s->d_max;
     for (int64_t c = 0; c < s->C; c++)
         sigma[c] = SQRT(var[c] + eps);
@@ -82,7 +84,9 @@ static void NAME(correct)(const struct step *s)
         }
     /* With several groups one update by the mean of their means and of their sigmas: sigma stays E[sigma_B]. */
     enum { SOME = 64 };
-    for (int64_t first = 0; first < s->C; first += SOME) {
+    if (s->G == 1)
+        mean = mu_B, std = sigma_B;
+    for (int64_t first = 0; s->G > 1 && first < s->C; first += SOME) {
         int64_t n = s->C - first < SOME ? s->C - first : SOME;
         double mean_sum[SOME] = {0}, std_sum[SOME] = {0};
         for (int64_t i = first; i < GC; i += s->C)
@@ -91,19 +95,23 @@ static void NAME(correct)(const struct step *s)
                 std_sum[c] += (double)sigma_B[i + c];
             }
         for (int64_t c = 0; c < n; c++) {
-            mean[first + c] = (A)(mean_sum[c] / (double)s->G);
-            std[first + c] = (A)(std_sum[c] / (double)s->G);
+            mean_of_groups[first + c] = (A)(mean_sum[c] / (double)s->G);
+            std_of_groups[first + c] = (A)(std_sum[c] / (double)s->G);
         }
     }
+    /* In steps that compilers turn into vectors. */
+    for (int64_t c = 0; c < s->C; c++)
+        new_mean[c] = NAME(lerp)(mu[c], mean[c], alpha);
     for (int64_t c = 0; c < s->C; c++) {
-        A moved_mean = NAME(lerp)(mu[c], mean[c], alpha), moved_sigma = NAME(lerp)(sigma[c], std[c], alpha);
+        A moved_sigma = NAME(lerp)(sigma[c], std[c], alpha), moved_var = moved_sigma * moved_sigma - eps;
         /* sigma² - eps, but never below 0, where rounding could take it if the channel is constant. */
-        A moved_var = moved_sigma * moved_sigma - eps;
-        moved_var = moved_var < 0 ? 0 : moved_var;
-        /* A channel that overflowed must not poison the averages: a gradient scaler will skip this step. */
-        int finite = isfinite(moved_mean) && isfinite(moved_var);
-        new_mean[c] = finite ? moved_mean : mu[c];
-        new_var[c] = finite ? moved_var : var[c];
+        new_var[c] = moved_var < 0 ? 0 : moved_var;
+    }
+    /* A channel that overflowed must not poison the averages: a gradient scaler will skip this step. */
+    for (int64_t c = 0; c < s->C; c++) {
+        A moved_mean = new_mean[c], moved_var = new_var[c], overflow = (moved_mean - moved_mean) + (moved_var - moved_var);
+        new_mean[c] = overflow == 0 ? moved_mean : mu[c];
+        new_var[c] = overflow == 0 ? moved_var : var[c];
     }
 }
 

@@ -48,7 +48,7 @@ def correct(
     own: float | Tensor = 1.0,
     layer: Tensor,
     plain: bool,
-) -> tuple[Tensor, Tensor, float | Tensor, Move]:
+) -> tuple[Tensor, Tensor, float | Tensor, Tensor, Move]:
     """r and d from the averages before the step, and the move of the averages, for when nothing can fail any more.
 
     Args:
@@ -65,7 +65,8 @@ def correct(
         plain: `is_plain_eager`.
 
     Returns:
-        ``(r, d, own, move)``, r and d like mu_B; in a recomputation own is that of the forward that it repeats.
+        ``(r, d, own, sigma, move)``, r and d like mu_B, sigma what they were computed from. In a recomputation all are
+        those of the forward that it repeats.
     """
     # Under a compiler, a transform or a dispatch mode the operator stands in for its body; in plain eager it would only
     # add its dispatch, about as much as all the arithmetic here.
@@ -74,13 +75,13 @@ def correct(
         r, d = _r_d(mu_B, sigma_B, use)
         own = use.limits.own
         if use.repeated:
-            return r, d, own, _stay
+            return r, d, own, use.sigma, _stay
         # All small operators in one go, before the second heavy pass takes the caches again.
         new_mean, new_var = _moved(running_mean, running_var, use, alpha, eps)
-        new_step = None
+        new_step, sigma = None, use.sigma
     else:
         limits = torch.stack([_as_scalar(v, mu_B) for v in (alpha, r_max, d_max, own)])
-        r, d, own, new_mean, new_var, new_step = torch.ops.batchrenorm.correct(
+        r, d, own, sigma, new_mean, new_var, new_step = torch.ops.batchrenorm.correct(
             mu_B, sigma_B, running_mean, running_var, step, share, limits, eps, layer
         )
 
@@ -90,7 +91,7 @@ def correct(
         if step is not None:
             step.add_(aten.as_tensor(1)) if new_step is None else step.copy_(new_step)
 
-    return r, d, own, move
+    return r, d, own, sigma, move
 
 
 def in_one_call(
@@ -132,9 +133,10 @@ def in_one_call(
         r_max,
         d_max,
     )
-    node = _node_of_this_forward()
+    may_be_repeated = _may_be_repeated()
+    node = _node_of_this_forward() if may_be_repeated else 0
     y = native.forward(x, weight, bias, residual, activation, vectors, eps, size, moving, (CORRECT, packed))
-    if _may_be_repeated():
+    if may_be_repeated:
         # To be found by, so as a recomputation will compute it, to the last bit.
         mean = vectors[0] if groups == 1 else vectors[:groups].mean(0)
         sigma = vectors[5 * groups + 2]
@@ -177,6 +179,8 @@ def in_two_launches(
     moving: Moving | None = None,
 ) -> Tensor:
     """The whole training step with `backends.triton`, `correction_triton.py` for `correct`; it leaves no history."""
+    if moving is not None:
+        moving = moving._replace(sigma=(averages.running_var + eps).sqrt())  # before it moves
     y = triton.in_two_launches(x, weight, bias, eps, size, residual, activation, averages, moving)
     written = tuple(t for t in averages[:3] if t is not None)
     torch.autograd.graph.increment_version(written)
@@ -427,7 +431,7 @@ def _as_scalar(value: float | Tensor, like: Tensor) -> Tensor:
 _LIBRARY = torch.library.Library("batchrenorm", "DEF")
 _LIBRARY.define(
     "correct(Tensor mu_B, Tensor sigma_B, Tensor running_mean, Tensor running_var, Tensor? step, Tensor? share, "
-    "Tensor limits, float eps, Tensor layer) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor limits, float eps, Tensor layer) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -453,7 +457,7 @@ def _correct_op(
     new_step = limits.new_empty(0) if step is None else step + (0 if use.repeated else 1)
     own = use.limits.own
     own = own.clone() if isinstance(own, Tensor) else limits.new_full((), own)
-    return *_r_d(mu_B, sigma_B, use), own, new_mean, new_var, new_step
+    return *_r_d(mu_B, sigma_B, use), own, use.sigma, new_mean, new_var, new_step
 
 
 def _correct_fake(
@@ -471,6 +475,7 @@ def _correct_fake(
         torch.empty_like(mu_B),
         torch.empty_like(mu_B),
         limits.new_empty(()),
+        torch.empty_like(mu_B[0] if mu_B.ndim == 2 else mu_B),
         torch.empty_like(running_mean),
         torch.empty_like(running_var),
         limits.new_empty(0) if step is None else torch.empty_like(step),
@@ -482,7 +487,7 @@ def _correct_vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
         torch.ops.batchrenorm.correct(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims)))
         for i in range(info.batch_size)
     ]
-    return tuple(torch.stack(out) for out in zip(*members)), (0,) * 6
+    return tuple(torch.stack(out) for out in zip(*members)), (0,) * 7
 
 
 def _correct_autograd(*args: Any) -> tuple[Tensor, ...]:

@@ -35,8 +35,9 @@ def sync_running_stats(
 ) -> SyncHandle | None:
     """Give all replicas the mean of their moving averages, of mu and of *sigma*: one flat all-reduce.
 
-    ``mu <- sum(w_i * mu_i) / sum(w_i)`` over the replicas i, and so sigma and the step. Afterwards every replica holds
-    the same bits. Call it after each training forward, or leave it to `keep_in_sync`.
+    ``mu <- sum(w_i * mu_i) / sum(w_i)`` over the replicas i, and so sigma, the step and, where there is one, the moving
+    gradient's state. Afterwards every replica holds the same bits. Call it after each training forward, or leave it to
+    `keep_in_sync`.
 
     Args:
         model: any module, the same on all replicas; wrapped by DDP, FSDP or a compiler, or not.
@@ -76,7 +77,7 @@ class SyncHandle:
         layers = {name: m for name, m in model.named_modules() if isinstance(m, BatchRenorm)}
         layers = {name: m for name, m in layers.items() if m.running_mean is not None}
         self.layers = list(layers.values())
-        self.work: list[tuple[Any, Tensor, list[BatchRenorm]]] = []
+        self.work: list[tuple[Any, Tensor, list[BatchRenorm], list[Tensor]]] = []
         replicas = replicas_of(group)
         if replicas is None or not self.layers:
             return
@@ -86,29 +87,34 @@ class SyncHandle:
             here = [m for m in self.layers if _mean_of(m).device == device]
             # float64, so that what is equal already stays as it is, to the last bit, and steps are exact.
             w = torch.as_tensor(weight, dtype=torch.float64).to(device, non_blocking=True)
-            parts = [p for m in here for p in (_step_of(m).view(1), _mean_of(m), _sigma_of(m))]
+            parts = [p for m in here for p in (_step_of(m).view(1), _mean_of(m), _sigma_of(m), *_gradient_of(m))]
             flat = torch.cat([w.view(1), *(w * p for p in parts)])
             work = dist.all_reduce(flat, group=known, async_op=True)
-            self.work.append((work, flat, here))
+            self.work.append((work, flat, here, [b.clone() for m in here for b in _gradient_of(m)]))
 
     @torch.no_grad()
     def wait(self) -> None:
         """Wait for the others, and write the averages; a second time it does nothing."""
         pending, self.work = self.work, []
-        for work, _, _ in pending:
+        for work, *_ in pending:
             work.wait()
-        for _, flat, here in pending:
+        for _, flat, here, begun in pending:
             total = flat[0]
-            C = [m.num_features for m in here]
-            numbers = (flat[1:] / total).split([n for c in C for n in (1, c, c)])
-            for m, step, mean, sigma in zip(here, numbers[::3], numbers[1::3], numbers[2::3]):
+            shared = (flat[1:] / total).split([1 + m.num_features * (2 + len(_gradient_of(m))) for m in here])
+            for m, numbers in zip(here, shared):
+                step, (mean, sigma, *gradient) = numbers[0], numbers[1:].view(-1, m.num_features).unbind()
                 # Where no replica had a sample, everything stays.
                 for buffer, new in (
                     (m.running_mean, mean),
                     (m.running_var, F.softshrink(sigma.square(), m.eps)),
-                    (m.num_batches_tracked, step.view(()).round()),
+                    (m.num_batches_tracked, step.round()),
                 ):
                     buffer.copy_(torch.where(total > 0, new, buffer))  # type: ignore
+                for buffer, new in zip(_gradient_of(m), gradient):
+                    # A backward may have moved it meanwhile, which is added to what all have together.
+                    old = begun.pop(0)
+                    moved = torch.where(buffer == old, new, buffer + (new - old))
+                    buffer.copy_(torch.where(total > 0, moved, buffer))
 
 
 _AGREED: WeakKeyDictionary[nn.Module, tuple[int, Replicas]] = WeakKeyDictionary()
@@ -117,7 +123,7 @@ _AGREED: WeakKeyDictionary[nn.Module, tuple[int, Replicas]] = WeakKeyDictionary(
 def _agree(layers: dict[str, BatchRenorm], replicas: Replicas) -> None:
     """Once for these layers: raise on every replica where one has others. Messages of other sizes may end a process."""
     first = next(iter(layers.values()))
-    shape = [(name, m.num_features, m.eps) for name, m in layers.items()]
+    shape = [(name, m.num_features, m.eps, m.gradient) for name, m in layers.items()]
     digest = zlib.crc32(repr(shape).encode())
     if _AGREED.get(first) == (digest, replicas):
         return
@@ -125,7 +131,7 @@ def _agree(layers: dict[str, BatchRenorm], replicas: Replicas) -> None:
     if bool((digests != digest).any()):
         raise RuntimeError(
             "expected the same Batch Renormalization layers on all replicas, got others on another one (names, "
-            "channels or epsilon differ); build the same model everywhere, and wrap it in the same way"
+            "channels, epsilon or gradient differ); build the same model everywhere, and wrap it in the same way"
         )
     _AGREED[first] = digest, replicas
 
@@ -140,6 +146,10 @@ def _sigma_of(layer: BatchRenorm) -> Tensor:
 
 def _step_of(layer: BatchRenorm) -> Tensor:
     return layer.num_batches_tracked  # type: ignore[return-value]
+
+
+def _gradient_of(layer: BatchRenorm) -> tuple[Tensor, ...]:
+    return (layer.gradient_mean, layer.gradient_slope) if layer.gradient == "moving" else ()
 
 
 class keep_in_sync:

@@ -166,7 +166,7 @@ def renormalize(
     if running_mean is None and mask is None and size == N and backend is None and replicas is None:
         return _finished(F.batch_norm(x, None, None, weight, bias, True, 0.0, eps), residual, activation)
     plain = is_plain_eager(x)
-    if moving is not None:
+    if moving is not None and replicas is not None:
         moving = moving._replace(replicas=replicas)
     passes = choose(backend, plain, mask, together, moving, x, weight, bias, residual, running_mean, running_var, step)
     if passes is native and replicas is None and suits_one_call(running_mean, running_var, step, mask, x):
@@ -206,7 +206,7 @@ def renormalize(
     mu_B, sigma_B = (v.detach() if v.requires_grad else v for v in (mean, std))
     if replicas is not None and together is None:
         mu_B, sigma_B, share = mean_of_groups(mu_B, sigma_B, share, N, replicas)
-    r, d, own, move = correct(
+    r, d, own, sigma, move = correct(
         mu_B,
         sigma_B,
         running_mean,
@@ -226,7 +226,10 @@ def renormalize(
     if moving is None:
         y = passes.affine(x, moments, eps, r, d, weight, bias, size, residual, activation, *shared)
     else:
-        options: dict[str, Any] = {"shared": shared[0] if shared else None, "moving": moving._replace(own=own)}
+        options: dict[str, Any] = {
+            "shared": shared[0] if shared else None,
+            "moving": moving._replace(own=own, sigma=sigma),
+        }
         if mask is not None and together is None:
             options["mask"] = mask
         y = passes.affine(x, moments, eps, r, d, weight, bias, size, residual, activation, **options)
@@ -251,6 +254,8 @@ def choose(
     refusal = fused.refusal(x, *others) if plain else "a compiler, a transform or a mode is at work"
     if refusal is None and fused is triton and together is not None:
         refusal = "statistics over a process group, whose sums these kernels do not share yet"
+    if refusal is None and fused is native:
+        refusal = native.refusal_of_moving(moving, x, together is not None)
     if backend is not None:
         if refusal is None:
             return fused
@@ -352,7 +357,7 @@ def _check_tensors(
         )
     C = x.shape[1]
     for vector in (running_mean, running_var, weight, bias):
-        if vector is not None and (vector.ndim != 1 or vector.shape[0] != C):
+        if vector is not None and vector.shape != (C,):
             names = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
             name = next(name for name, v in names.items() if v is vector)
             raise ValueError(
@@ -375,10 +380,7 @@ def check_settings(
         raise ValueError(f"expected momentum in [0, 1], the weight of the new value, got {alpha}; the paper uses 0.01")
     if not eps >= 0.0:
         raise ValueError(f"expected eps >= 0, got {eps}; torch.nn.BatchNorm2d uses 1e-5")
-    if not isinstance(r_max, Tensor):
-        check_limits(r_max, 0.0)
-    if not isinstance(d_max, Tensor):
-        check_limits(1.0, d_max)
+    check_limits(1.0 if isinstance(r_max, Tensor) else r_max, 0.0 if isinstance(d_max, Tensor) else d_max)
     if microbatch_size is not None:
         if not isinstance(microbatch_size, int):
             raise TypeError(

@@ -162,20 +162,21 @@ class BatchRenorm(nn.Module):
         clip = None
         step = self.num_batches_tracked
         moving = None
-        if self.training and step is not None and self.gradient == "moving":
-            t = step.item() if step.device.type == "cpu" and is_plain_eager(x) else step
-            own = self.clip.own_share(t)  # type: ignore[union-attr, arg-type]
-            moving = Moving(self.gradient_mean, self.gradient_slope, own)
-        if self.training and step is not None and step.is_cuda and isinstance(self.clip, ClipSchedule):
-            alpha, clip = self.momentum, self.clip  # for whoever can read the step without waiting
-        elif self.training and step is not None:
+        if self.training and step is not None:
             # On the CPU looking at the counter costs nothing; elsewhere it would wait for the device.
-            t = step.item() if step.device.type == "cpu" and is_plain_eager(x) else step
-            r_max, d_max = self.clip(t if isinstance(self.clip, ClipSchedule) else step)  # type: ignore[arg-type]
-            if self.momentum is None:
-                alpha = 1.0 / (as_real(t) + 1 if isinstance(t, Tensor) else t + 1)
+            t = step.item() if step.is_cpu and is_plain_eager(x) else step
+            if step.is_cuda and isinstance(self.clip, ClipSchedule):
+                alpha, clip = self.momentum, self.clip  # for whoever can read the step without waiting
             else:
-                alpha = self.momentum
+                r_max, d_max = self.clip(t if isinstance(self.clip, ClipSchedule) else step)  # type: ignore[arg-type]
+                if self.momentum is None:
+                    alpha = 1.0 / (as_real(t) + 1 if isinstance(t, Tensor) else t + 1)
+                else:
+                    alpha = self.momentum
+            if self.gradient == "moving":
+                buffers = self._buffers
+                own = self.clip.own_share(t)  # type: ignore[union-attr, arg-type]
+                moving = Moving(buffers["gradient_mean"], buffers["gradient_slope"], own)  # type: ignore[arg-type]
         return renormalize(
             x,
             self.running_mean,

@@ -11,9 +11,15 @@ regression of dy on h over the past steps, moved in every backward by what it le
     mean  += RATE * <e>            slope += RATE * <e h> / max(1, <h²>)
 
 so that <e> = <e h> = 0 in the long run: a shift or a scale of x changes nothing, as behind the population's moments.
-While the limits open the two are mixed, `own` parts of the microbatch's means and 1 - own of these. The derivation, and
-what it is worth, are in docs/theory-backward.md. The sums are those that the gradients of weight and bias need anyway,
-so there is no other heavy pass. `moving.c` is the same in C.
+While the limits open the two are mixed, `own` parts of the microbatch's gradient and 1 - own of this. And its factor
+is at most the population's,
+
+    min(r / sigma_B, 1 / sigma)
+
+which are the same where r is not clipped. Of a microbatch of nearly equal values, whose r ends at 1 / r_max, the paper's
+projection leaves almost no gradient; this one would be without limit, and the mean of 1 / sigma_B of two values is
+infinite. The derivation, and what it is worth, are in docs/theory-backward.md. The sums are those that the gradients of
+weight and bias need anyway, so there is no other heavy pass. `moving.c` is the same in C.
 """
 
 from __future__ import annotations
@@ -35,25 +41,36 @@ class Moving(NamedTuple):
     mean: Tensor  # (C,) of dy before weight, at h = 0; the layer's buffer, which the backward reads and writes
     slope: Tensor  # (C,) likewise, of dy on h
     own: float | Tensor  # share of the microbatch's own means, 1 in batch norm's warm-up and 0 once the limits are open
+    sigma: Tensor | None = None  # (C,) that r was computed from; None where the kernel that computed r has it
     replicas: Replicas | None = None  # who has the same mean and slope
 
-    def given(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """What is to be added to `own` times the microbatch's c0 and c1; scale is r and shift is d, ``(G, C)``."""
+    def part(
+        self, sum_dy: Tensor, sum_dy_x_hat: Tensor, count: Tensor, scale: Tensor, shift: Tensor, std: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the backward is to take for the sums of dy and of dy * x_hat and as a factor of dy; the state moves.
+
+        Args:
+            sum_dy, sum_dy_x_hat: ``(G, C)`` or ``(C,)``, over the values of each microbatch.
+            count: of these values, ``(G, 1)`` or 0-d. Of moments that all replicas share everyone has an equal part,
+                since it is their sum that counts.
+            scale, shift, std: like the sums; r, d and sigma_B.
+            eps: in std, under the root.
+        """
         mean, slope = self.mean.to(scale.dtype), self.slope.to(scale.dtype)
-        rest = 1.0 - self.own
-        return rest * (mean + shift * slope), rest * scale * slope
+        assert self.sigma is not None
+        rest = (1.0 - self.own) * (std / (scale * self.sigma)).clamp(max=1.0)
+        found = (
+            self.own * sum_dy + rest * count * (mean + shift * slope),
+            self.own * sum_dy_x_hat + rest * count * scale * slope,
+            self.own + rest,
+        )
+        self.move(sum_dy, sum_dy_x_hat, count, scale, shift, std, eps)
+        return found
 
     def move(
         self, sum_dy: Tensor, sum_dy_x_hat: Tensor, count: Tensor, scale: Tensor, shift: Tensor, std: Tensor, eps: float
     ) -> None:
-        """Move mean and slope by what they leave of a step, one that is not finite excepted.
-
-        Args:
-            sum_dy, sum_dy_x_hat: ``(G, C)`` or ``(C,)``, over the values of each microbatch.
-            count: of these values, ``(G, 1)`` or 0-d.
-            scale, shift, std: like the sums; r, d and sigma_B.
-            eps: in std, under the root.
-        """
+        """Move mean and slope by what they leave of a step, where that is finite; arguments as for `part`."""
         mean, slope = self.mean.to(scale.dtype), self.slope.to(scale.dtype)
         # x_hat has mean 0 and mean square var / (var + eps).
         squares = count * (scale * scale * (1.0 - eps / (std * std)) + shift * shift)
@@ -93,7 +110,7 @@ NOT_TWICE = (
 # version of saved tensors, where two backwards of compiled code are pending.
 _LIBRARY = torch.library.Library("batchrenorm", "FRAGMENT")
 _ARGUMENTS = (
-    "Tensor mean, Tensor std, Tensor scale, Tensor shift, Tensor? weight, Tensor count, Tensor own, "
+    "Tensor mean, Tensor std, Tensor scale, Tensor shift, Tensor? weight, Tensor count, Tensor own, Tensor sigma, "
     "Tensor gradient_mean, Tensor gradient_slope, float eps, bool together, str group, int replicas"
 )
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -101,7 +118,7 @@ _LIBRARY.define(f"moving({_ARGUMENTS}) -> (Tensor, Tensor)", tags=_TAGS)
 _LIBRARY.define(f"moving_backward(Tensor sum_dy_off, Tensor sum_dy, {_ARGUMENTS}) -> (Tensor, Tensor)", tags=_TAGS)
 
 
-def zeros(
+def zeros_and_factor(
     moving: Moving,
     moments: tuple[Tensor, Tensor, Tensor],
     scale: Tensor,
@@ -110,8 +127,8 @@ def zeros(
     count: Tensor,
     eps: float,
     together: bool,
-) -> tuple[Tensor, Tensor]:
-    """To be added to the factor of ``x - mean`` and to the constant, neither of which then has a gradient of its own.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Two to be added to the factor of ``x - mean`` and to the constant, and the factor of dy on its way to x.
 
     Args:
         moving: state.
@@ -122,13 +139,21 @@ def zeros(
         eps: in std.
         together: the moments, scale, shift and count are those of all replicas.
     """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "expected no transform of torch.func with gradient='moving', got one; a backward that moves buffers "
+            "is no function, so use gradient='microbatch' there"
+        )
     mean, _, std = moments
-    own = moving.own if isinstance(moving.own, Tensor) else mean.new_full((), moving.own)
+    assert moving.sigma is not None
+    # Of one dtype, whether it is known now or was recalled.
+    own = moving.own.to(mean.dtype) if isinstance(moving.own, Tensor) else mean.new_full((), moving.own)
     group, size = ("", 1) if moving.replicas is None else moving.replicas
     weight = None if weight is None else weight.detach()
-    return torch.ops.batchrenorm.moving(
-        mean, std, scale, shift, weight, count, own, moving.mean, moving.slope, eps, together, group, size
+    zero, zero_too = torch.ops.batchrenorm.moving(
+        mean, std, scale, shift, weight, count, own, moving.sigma, moving.mean, moving.slope, eps, together, group, size
     )
+    return zero, zero_too, own + (1.0 - own) * (std.detach() / (scale * moving.sigma)).clamp(max=1.0)
 
 
 def _forward(mean: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -145,6 +170,7 @@ def _backward(
     weight: Tensor | None,
     count: Tensor,
     own: Tensor,
+    sigma: Tensor,
     gradient_mean: Tensor,
     gradient_slope: Tensor,
     eps: float,
@@ -152,41 +178,37 @@ def _backward(
     group: str,
     replicas: int,
 ) -> tuple[Tensor, Tensor]:
-    own = own.to(mean.dtype)
-    moving = Moving(gradient_mean, gradient_slope, own, Replicas(group, replicas) if group else None)
+    moving = Moving(gradient_mean, gradient_slope, own, sigma, Replicas(group, replicas) if group else None)
     sum_dy_x_hat = sum_dy_off / std
-    given, given_x_hat = moving.given(scale, shift)
-    # Of moments that all replicas share each has its part, and their sum is what counts.
-    part = count / replicas if together else count
-    moving.move(sum_dy, sum_dy_x_hat, part, scale, shift, std, eps)
+    count = count / replicas if together else count
+    sum_dy, sum_dy_x_hat, _ = moving.part(sum_dy, sum_dy_x_hat, count, scale, shift, std, eps)
     a = scale / std if weight is None else scale / std * weight.to(mean.dtype)
-    return -a * (own * sum_dy + part * given), -a * (own * sum_dy_x_hat + part * given_x_hat)
+    return -a * sum_dy, -a * sum_dy_x_hat
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:9])
-    ctx.rest = inputs[9:]
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.batchrenorm.moving(*args)
 
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:10])
+        ctx.rest = inputs[10:]
 
-def _derivative(ctx: Any, factor_grad: Tensor, constant_grad: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(NOT_TWICE)
-    gradients = torch.ops.batchrenorm.moving_backward(factor_grad, constant_grad, *ctx.saved_tensors, *ctx.rest)
-    return *gradients, *[None] * 11
-
-
-def _no_vmap(*_: Any) -> None:
-    raise RuntimeError(
-        "expected no torch.vmap over a layer with gradient='moving', got one; its buffers move in the backward, so use "
-        "gradient='microbatch' for ensembles"
-    )
+    @staticmethod
+    def backward(ctx: Any, factor_grad: Tensor, constant_grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(NOT_TWICE)
+        gradients = torch.ops.batchrenorm.moving_backward(factor_grad, constant_grad, *ctx.saved_tensors, *ctx.rest)
+        return *gradients, *[None] * 12
 
 
 for _name, _function in (("moving", _forward), ("moving_backward", _backward)):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_vmap(f"batchrenorm::{_name}", _no_vmap, lib=_LIBRARY)
 torch.library.register_fake("batchrenorm::moving", _forward, lib=_LIBRARY)
 torch.library.register_fake(
     "batchrenorm::moving_backward", lambda a, b, *_: (torch.empty_like(a), torch.empty_like(b)), lib=_LIBRARY
 )
-torch.library.register_autograd("batchrenorm::moving", _derivative, setup_context=_setup, lib=_LIBRARY)
+_LIBRARY.impl("moving", _Node.apply, "Autograd")

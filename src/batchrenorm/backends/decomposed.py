@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..moving import Moving, zeros
+from ..moving import Moving, zeros_and_factor
 from ..replicas import merge
 from . import Moments, Shared
 
@@ -48,10 +48,10 @@ def affine(
     mask: Tensor | None = None,
 ) -> Tensor:
     mean, _, std = moments
-    nothing: tuple[Tensor, Tensor] | None = None
+    added: tuple[Tensor, Tensor, Tensor] | None = None
     if moving is not None:
         count = _count(x, size, mask, mean) if shared is None else shared.total.to(mean.dtype)
-        nothing = zeros(moving, moments, scale, shift, weight, count, eps, shared is not None)
+        added = zeros_and_factor(moving, moments, scale, shift, weight, count, eps, shared is not None)
         mean, std = mean.detach(), std.detach()
     scale = scale / std
     if weight is not None:
@@ -59,11 +59,15 @@ def affine(
         scale, shift = scale * weight, shift * weight
     if bias is not None:
         shift = shift + bias.to(mean.dtype)
-    if nothing is not None:
-        scale, shift = scale + nothing[0], shift + nothing[1]
+    through = None
+    if added is not None:
+        through = (x.to(mean.dtype) - x.detach().to(mean.dtype)) * _like(x, (scale * added[2]).detach(), size)
+        scale, shift, x = scale + added[0], shift + added[1], x.detach()
     # x - mean before the product: with x * scale + (shift - mean * scale) the gradient of scale would be a difference
     # of two sums of size mean/std, which loses every digit at an offset of 1e4.
     y = (x.to(mean.dtype) - _like(x, mean, size)) * _like(x, scale, size) + _like(x, shift, size)
+    if through is not None:  # 0, but the way of dy to x
+        y = y + through
     if residual is not None:
         y = y + residual.to(mean.dtype)
     return (y if activation is None else y.relu()).to(x.dtype)

@@ -13,8 +13,9 @@
 #include <string.h>
 
 /* GNU OpenMP's entry, which LLVM's and Intel's runtimes have as well: given by the caller from the runtime that torch
- * has loaded, so that there is one pool of threads. */
+ * has loaded, so that there is one pool of threads. And the number of the calling thread in it. */
 typedef void (*parallel_region)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+typedef int (*thread_number)(void);
 
 /* native.py packs it. */
 struct pass {
@@ -25,17 +26,22 @@ struct pass {
     void *weight_grad, *bias_grad; /* likewise; in the backward NULL, as is out, where nobody needs it */
     const void *residual, *y;      /* added in the forward; the output, where the backward has to see the ReLU in it */
     void *residual_grad;           /* where there is a ReLU behind it, else it is dy */
-    const void *given;             /* (2, G, C): what a caller adds to `own` times the means that the backward subtracts */
-    void *means;                   /* (2, G, C): these means, of dy and of dy * x_hat, for that caller; else both NULL */
     parallel_region parallel;
+    thread_number thread;
     int64_t relu, threads, type, rows; /* rows: 1, planes: 0 */
     int64_t N, C, S, size;       /* size: samples (or rows) of a group; the last one may be smaller */
-    double eps, own;
+    double eps;
     /* From here on set by this file. */
     void *mean, *var, *std, *scale, *shift;
     int64_t groups, parts, part, chunks, chunk;
     void *a, *b, *c; /* (G, C) coefficients of a pass */
     double *partial;   /* (G, parts, 2, C): what each unit has found */
+    /* Where the backward is to subtract other means of dy and dy * x_hat than the group's own: `own` of these and what is
+     * given for some channels, from dy times a factor; and who wants to see the sums afterwards. Else NULL. */
+    void (*given)(const void *argument, int64_t g, int64_t c0, int64_t c1, void *of_dy, void *of_dy_x_hat, void *factor);
+    void (*seen)(const void *argument, const double *sums, int64_t stride);
+    const void *argument;
+    double own;
 };
 
 struct pair {
@@ -52,6 +58,25 @@ enum {
     LEAF = 128,   /* rows likewise */
     CHANNELS = 1024,
 };
+
+/* What a unit finds while it works. Handed over at the end: in shared memory two units of few channels would be in one
+ * cache line, which then goes to and fro between their cores. */
+struct found {
+    double first[CHANNELS], second[CHANNELS];
+};
+
+static inline struct unit own(struct unit u, struct found *found)
+{
+    u.first = found->first;
+    u.second = found->second;
+    return u;
+}
+
+static inline void hand_over(struct unit u, const struct found *found)
+{
+    memcpy(u.first, found->first, (size_t)(u.c1 - u.c0) * sizeof(double));
+    memcpy(u.second, found->second, (size_t)(u.c1 - u.c0) * sizeof(double));
+}
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -70,11 +95,17 @@ static inline void join(double *mean, double *squares, double n, double share, d
 
 typedef void (*work)(const struct pass *, struct unit);
 
+enum { RANGES = 64 };
+
 struct region {
     const struct pass *pass;
     work work;
-    int64_t units, next;
+    int64_t units, ranges;
     int backwards;
+    struct {
+        int64_t taken;
+        char apart[64 - sizeof(int64_t)]; /* in a cache line of its own: most of the time one thread writes it */
+    } range[RANGES];
 };
 
 static struct unit unit_of(const struct pass *pass, int64_t index)
@@ -93,22 +124,34 @@ static struct unit unit_of(const struct pass *pass, int64_t index)
     };
 }
 
+/* Every thread begins with the range of its number, in every pass the same one, whose memory is in the caches of its
+ * core; then it helps the others. */
 static void take_units(void *data)
 {
     struct region *r = data;
-    for (;;) {
-        int64_t u = __atomic_fetch_add(&r->next, 1, __ATOMIC_RELAXED);
-        if (u >= r->units)
-            return;
-        r->work(r->pass, unit_of(r->pass, r->backwards ? r->units - 1 - u : u));
+    int64_t own = r->ranges > 1 ? r->pass->thread() % r->ranges : 0;
+    for (int64_t i = 0; i < r->ranges; i++) {
+        int64_t range = (own + i) % r->ranges;
+        int64_t first = range * r->units / r->ranges, end = (range + 1) * r->units / r->ranges;
+        for (;;) {
+            int64_t u = first + __atomic_fetch_add(&r->range[range].taken, 1, __ATOMIC_RELAXED);
+            if (u >= end)
+                break;
+            r->work(r->pass, unit_of(r->pass, r->backwards ? first + end - 1 - u : u));
+        }
     }
 }
 
 /* A second pass goes backwards: what the first one touched last is still in the caches. */
 static void every_unit(const struct pass *pass, work work, int backwards)
 {
-    struct region r = {pass, work, pass->groups * pass->parts * pass->chunks, 0, backwards};
-    if (pass->parallel && pass->threads > 1 && r.units > 1)
+    struct region r;
+    r.pass = pass, r.work = work, r.backwards = backwards;
+    r.units = pass->groups * pass->parts * pass->chunks;
+    r.ranges = pass->parallel ? least(least(pass->threads, r.units), RANGES) : 1;
+    for (int64_t i = 0; i < r.ranges; i++)
+        r.range[i].taken = 0;
+    if (r.ranges > 1)
         pass->parallel(take_units, &r, (unsigned)least(pass->threads, r.units), 0);
     else
         take_units(&r);
@@ -124,7 +167,15 @@ static void divide(struct pass *pass)
     pass->groups = (pass->N + pass->size - 1) / pass->size;
     pass->part = elements / (pass->chunk * pass->S);
     pass->part = least(pass->part < 1 ? 1 : pass->part, pass->size);
+    /* Units in fours, and of one size: else one of two or four threads would wait for another. */
+    int64_t others = pass->groups * pass->chunks, fours = others % 4 == 0 ? 1 : others % 2 == 0 ? 2 : 4;
     pass->parts = (pass->size + pass->part - 1) / pass->part;
+    if (pass->parts > 1) {
+        pass->parts = (pass->parts + fours - 1) / fours * fours;
+        pass->part = (pass->size + pass->parts - 1) / pass->parts;
+        pass->part = pass->rows ? (pass->part + 7) / 8 * 8 : pass->part; /* as many rows as are read at a time */
+        pass->parts = (pass->size + pass->part - 1) / pass->part;
+    }
 }
 
 /* Samples (or rows) of a group. */
@@ -377,16 +428,15 @@ int brn_backward(const void *packed)
     return TYPES[pass.type].backward(&pass);
 }
 
-/* The same around two functions: the first makes `given`, the second sees `means`, if there is one. */
-int brn_backward_around(const void *packed, void (*before)(const void *), void (*after)(const void *), const void *argument)
+/* The same with other means subtracted: see `struct pass`. */
+int brn_backward_given(const void *packed, double own, void *given, void *seen, const void *argument)
 {
     struct pass pass = unpack(packed);
-    before(argument);
-    if (TYPES[pass.type].backward(&pass))
-        return 1;
-    if (after)
-        after(argument);
-    return 0;
+    memcpy(&pass.given, &given, sizeof given);
+    memcpy(&pass.seen, &seen, sizeof seen);
+    pass.argument = argument;
+    pass.own = own;
+    return TYPES[pass.type].backward(&pass);
 }
 
 /* The second half of it, for callers who have the sums of more than this x: out = dy * a + ((x - mean) * b + c), with a and

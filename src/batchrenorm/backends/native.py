@@ -32,6 +32,17 @@ def refusal(x: Tensor, *others: Tensor | None) -> str | None:
     return "torch.jit at work" if torch._C._get_tracing_state() is not None else None
 
 
+def refusal_of_moving(moving: Moving | None, x: Tensor, together: bool) -> str | None:
+    """Why `moving.c` cannot move these buffers, or None."""
+    if moving is None:
+        return None
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for buffer in moving[:2]:
+        if buffer.dtype != dtype or not buffer.is_contiguous():
+            return f"a moving gradient of {buffer.dtype}, or not in one piece, beside x of {x.dtype}"
+    return "a moving gradient that microbatches of several replicas share" if moving.replicas and not together else None
+
+
 def moments(x: Tensor, eps: float, size: int, mask: Tensor | None = None) -> Moments:
     if mask is not None:
         raise ValueError("expected mask=None with backend='native', got a mask; use backend=None or 'decomposed'")
@@ -62,9 +73,9 @@ def affine(
 
 def vectors(x: Tensor, size: int, more: int = 0) -> Tensor:
     """Memory for mean, var, std, scale and shift of G groups, ``(5 * G + more, C)``."""
-    N, C = x.shape[:2]
+    shape = x.shape
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty((5 * -(-N // size) + more, C), dtype=dtype)
+    return torch.empty(5 * -(-shape[0] // size) + more, shape[1], dtype=dtype, device="cpu")
 
 
 def forward(
@@ -130,12 +141,9 @@ class _Affine(torch.autograd.Function):
         w, b = _vector(weight, statistics), _vector(bias, statistics)
         through = gr if relu else None
         if shared is None:
-            outputs: dict[str, Any] = {"y": y, "residual_grad": through, "relu": relu}
-            if gx is not None and moving is not None:
-                outputs["around"] = around = _Around(moving, statistics, eps, size, x)
-            _run("brn_backward", x, statistics, eps, size, grad, gx, w, b, gw, gb, **outputs)
-            if gx is not None and moving is not None:
-                around.finish()
+            given = None if moving is None or gx is None else _given(moving, statistics, eps, size, x)
+            vectors = w, b, gw, gb
+            _run("brn_backward", x, statistics, eps, size, grad, gx, *vectors, None, y, through, relu, None, given)
         else:
             if relu:
                 through = torch.empty_like(x) if through is None else through
@@ -149,48 +157,28 @@ class _Affine(torch.autograd.Function):
         return gx, gw, gb, gr, None
 
 
-class _Around:
-    """What `moving.c` does before and after the backward of `native.c`."""
-
-    def __init__(self, moving: Moving, statistics: Tensor, eps: float, size: int, x: Tensor) -> None:
-        N, C = x.shape[:2]
-        positions = x.numel() // (N * C)
-        self.moving, self.eps, self.groups = moving, eps, -(-N // size)
-        self.statistics = statistics[: 5 * self.groups].view(5, self.groups, C)
-        self.counts = N * positions, min(size, N) * positions
-        dtype = statistics.dtype
-        # Copies where the buffers are of another dtype.
-        self.mean, self.slope = (v.to(dtype).contiguous() for v in (moving.mean, moving.slope))
-        self.means = statistics.new_empty(4, self.groups, C)
-        self.own = float(moving.own)
-        address, itemsize = self.means.data_ptr(), statistics.itemsize
-        self.given, self.found = address, address + 2 * self.groups * C * itemsize
-        # Where others have the same buffers, `finish` moves them.
-        self.after = MOVE_GRADIENT if moving.replicas is None else 0
-        self.packed = MOVING.pack(
-            statistics.data_ptr(),
-            self.mean.data_ptr(),
-            self.slope.data_ptr(),
-            address,
-            self.groups,
-            C,
-            itemsize,
-            *self.counts,
-            self.own,
-            eps,
-            RATE,
-        )
-
-    def finish(self) -> None:
-        moving = self.moving
-        if moving.replicas is not None:
-            _, _, std, scale, shift = self.statistics
-            all_values, values = self.counts
-            count = self.means.new_full((self.groups, 1), values)
-            count[-1] = all_values - (self.groups - 1) * values
-            moving.move(count * self.means[2], count * self.means[3], count, scale, shift, std, self.eps)
-        elif self.mean is not moving.mean or self.slope is not moving.slope:
-            moving.set(self.mean, self.slope)
+def _given(moving: Moving, statistics: Tensor, eps: float, size: int, x: Tensor) -> tuple[Any, ...]:
+    """The arguments of `brn_backward_given` after the first: own share, functions of moving.c and their argument."""
+    N, C = x.shape[0], x.shape[1]
+    each = x.numel() // (N * C) * size
+    mean, slope, share, sigma, _ = moving
+    own, groups = float(share), -(-N // size)
+    packed = MOVING.pack(
+        statistics.data_ptr(),
+        mean.data_ptr(),
+        slope.data_ptr(),
+        # `correction.c` left it behind the groups' vectors and the mean and sigma of these.
+        statistics[5 * groups + 2].data_ptr() if sigma is None else sigma.data_ptr(),
+        groups,
+        C,
+        statistics.itemsize,
+        x.numel() // C,
+        each,
+        own,
+        eps,
+        RATE,
+    )
+    return own, GIVEN, MOVE_GRADIENT, packed
 
 
 def _shared_gradients(
@@ -217,15 +205,12 @@ def _shared_gradients(
         bias_grad.copy_(sum_dy)
     if out is not None:
         a = scale / std if weight is None else weight * scale / std
-        if moving is None:
-            b, c = shared.coefficients(sum_dy, sum_dy_x_hat, a, std)
-        else:
-            given, given_x_hat = moving.given(scale, shift)
-            count = torch.full((), x.numel() // len(mean), dtype=mean.dtype)
-            moving.move(sum_dy, sum_dy_x_hat, count, scale, shift, std, eps)
-            b, c = shared.coefficients(sum_dy, sum_dy_x_hat, a, std)
-            b, c = moving.own * b - a * given_x_hat / std, moving.own * c - a * given
-        _run("brn_gradient", x, torch.stack([mean, var, std, a, b]), eps, size, grad, out, bias=c)
+        factor: float | Tensor = 1.0
+        if moving is not None:
+            count = shared.total.to(mean.dtype) / shared.replicas.size
+            sum_dy, sum_dy_x_hat, factor = moving.part(sum_dy, sum_dy_x_hat, count, scale, shift, std, eps)
+        b, c = shared.coefficients(sum_dy, sum_dy_x_hat, a, std)
+        _run("brn_gradient", x, torch.stack([mean, var, std, a * factor, b]), eps, size, grad, out, bias=c)
 
 
 # Past `Function.apply`, which looks for transforms of torch.func; with these at work this backend is not chosen.
@@ -252,7 +237,7 @@ def _run(
     residual_grad: Tensor | None = None,
     relu: bool = False,
     between: tuple[int, bytes] | None = None,
-    around: _Around | None = None,
+    given: tuple[Any, ...] | None = None,
 ) -> None:
     """Call a function of native.c with its `struct pass`."""
     shape = x.shape
@@ -275,9 +260,7 @@ def _run(
         0 if residual is None else residual.data_ptr(),
         0 if y is None else y.data_ptr(),
         0 if residual_grad is None else residual_grad.data_ptr(),
-        0 if around is None else around.given,
-        0 if around is None else around.found,
-        PARALLEL,
+        *PARALLEL,
         relu,
         torch.get_num_threads() if elements > _ONE_THREAD else 1,
         _TYPES[x.dtype],
@@ -287,12 +270,11 @@ def _run(
         S,
         size,
         eps,
-        1.0 if around is None else around.own,
     )
     if between is not None:
         failed = LIBRARY.brn_forward(packed, *between)  # type: ignore[union-attr]
-    elif around is not None:
-        failed = LIBRARY.brn_backward_around(packed, GIVEN, around.after, around.packed)  # type: ignore[union-attr]
+    elif given is not None:
+        failed = LIBRARY.brn_backward_given(packed, *given)  # type: ignore[union-attr]
     else:
         failed = getattr(LIBRARY, name)(packed)
     if failed:

@@ -642,10 +642,12 @@ static void NAME(finish_moments)(const struct pass *pass, int64_t g, int64_t c0,
 
 static void NAME(moments_of_unit)(const struct pass *pass, struct unit u)
 {
+    struct found found;
     if (pass->rows)
-        NAME(moments_of_rows)(pass, u);
+        NAME(moments_of_rows)(pass, own(u, &found));
     else
-        NAME(moments_of_planes)(pass, u);
+        NAME(moments_of_planes)(pass, own(u, &found));
+    hand_over(u, &found);
     if (pass->parts == 1)
         NAME(finish_moments)(pass, u.group, u.c0, u.c1);
 }
@@ -682,14 +684,6 @@ static void NAME(finish_sums)(const struct pass *pass, int64_t g, int64_t c0, in
     const A *restrict std = (const A *)pass->std + g * C;
     for (int64_t k = c0; k < c1; k++)
         second[k] /= (double)std[k];
-    if (!pass->means)
-        return;
-    A *restrict of_dy = (A *)pass->means + g * C, *restrict of_dy_x_hat = of_dy + pass->groups * C;
-    double share = 1.0 / (double)(count(pass, g) * pass->S);
-    for (int64_t k = c0; k < c1; k++)
-        of_dy[k] = (A)(first[k] * share);
-    for (int64_t k = c0; k < c1; k++)
-        of_dy_x_hat[k] = (A)(second[k] * share);
 }
 
 /* From these sums, or what is given instead, to the coefficients of the gradient. */
@@ -703,18 +697,27 @@ static void NAME(coefficients)(const struct pass *pass, int64_t g, int64_t c0, i
         a[k] = scale[k] / std[k];
     for (int64_t k = c0; pass->weight && k < c1; k++)
         a[k] *= ((const A *)pass->weight)[k];
-    if (pass->given) {
-        int64_t GC = pass->groups * C;
-        const A *restrict given = (const A *)pass->given + g * C, *restrict of_dy = (const A *)pass->means + g * C;
-        A own = (A)pass->own;
-        for (int64_t k = c0; k < c1; k++)
-            b[k] = -a[k] * ((own == 0 ? given[GC + k] : own * of_dy[GC + k] + given[GC + k]) / std[k]);
-        for (int64_t k = c0; k < c1; k++)
-            c[k] = -a[k] * (own == 0 ? given[k] : own * of_dy[k] + given[k]);
-        return;
-    }
     const double *restrict first = pass->partial + g * pass->parts * 2 * C, *restrict second = first + C;
     double share = -1.0 / (double)(count(pass, g) * pass->S);
+    if (pass->given) {
+        enum { SOME = 256 };
+        A of_dy[SOME], of_dy_x_hat[SOME], factor[SOME], own = (A)pass->own;
+        for (int64_t k0 = c0; k0 < c1; k0 += SOME) {
+            int64_t k1 = least(k0 + SOME, c1);
+            pass->given(pass->argument, g, k0, k1, of_dy, of_dy_x_hat, factor);
+            for (int64_t k = k0; own != 0 && k < k1; k++)
+                of_dy[k - k0] -= own * (A)(first[k] * share);
+            for (int64_t k = k0; own != 0 && k < k1; k++)
+                of_dy_x_hat[k - k0] -= own * (A)(second[k] * share);
+            for (int64_t k = k0; k < k1; k++)
+                b[k] = -a[k] * (of_dy_x_hat[k - k0] / std[k]);
+            for (int64_t k = k0; k < k1; k++)
+                c[k] = -a[k] * of_dy[k - k0];
+            for (int64_t k = k0; k < k1; k++)
+                a[k] *= factor[k - k0];
+        }
+        return;
+    }
     for (int64_t k = c0; k < c1; k++)
         b[k] = a[k] * ((A)(second[k] * share) / std[k]);
     for (int64_t k = c0; k < c1; k++)
@@ -736,10 +739,12 @@ static void NAME(gradient_of_unit)(const struct pass *pass, struct unit u)
  * cache. */
 static void NAME(sums_of_unit)(const struct pass *pass, struct unit u)
 {
+    struct found found;
     if (pass->rows)
-        NAME(sums_of_rows)(pass, u);
+        NAME(sums_of_rows)(pass, own(u, &found));
     else
-        NAME(sums_of_planes)(pass, u);
+        NAME(sums_of_planes)(pass, own(u, &found));
+    hand_over(u, &found);
     int all = pass->parts == 1;
     if (all)
         NAME(finish_sums)(pass, u.group, u.c0, u.c1);
@@ -771,6 +776,8 @@ static int NAME(backward)(struct pass *pass)
         if (pass->out)
             every_unit(pass, NAME(gradient_of_unit), 1);
     }
+    if (pass->seen)
+        pass->seen(pass->argument, memory, pass->parts * 2 * C);
     memset(weight_grad, 0, (size_t)(2 * C) * sizeof(double));
     for (int64_t g = 0; g < pass->groups; g++) {
         const double *first = memory + g * pass->parts * 2 * C, *second = first + C;

@@ -199,7 +199,7 @@ class _Affine(torch.autograd.Function):
         passes = _Passes.of(x, size)
         dx = torch.empty_like(x) if need_x else None
         # The residual's gradient is dy behind the ReLU; the second pass takes that too, and needs no mask then.
-        masked = torch.empty_like(x) if need_residual and relu else None
+        masked = torch.empty_like(x) if relu and (need_residual or (moving is not None and need_x)) else None
         dw = torch.empty_like(weight) if need_weight else None
         db = torch.empty_like(bias) if need_bias else None
         w, b = _contiguous(weight), _contiguous(bias)
@@ -214,22 +214,24 @@ class _Affine(torch.autograd.Function):
                 outputs = masked, vectors, w, b, totals, passes.partials(x), passes.counters(x.device), dw, db
                 passes.launch("sums", x, dy, y, *outputs, relu, eps)
                 if dx is not None:
-                    totals = totals if moving is None else _moved(moving, totals, vectors, eps, passes, x)
+                    if moving is not None:
+                        vectors, totals = _moved(moving, totals, vectors, eps, passes, x)
                     behind, mask = (dy, relu) if masked is None else (masked, False)
                     passes.launch("gradient", x, behind, y, dx, vectors, w, b, totals, mask, REVERSED, eps)
-        return dx, dw, db, masked if masked is not None else dy if need_residual else None, None
+        return dx, dw, db, None if not need_residual else dy if masked is None else masked, None
 
 
-def _moved(moving: Moving, totals: Tensor, vectors: Tensor, eps: float, passes: _Passes, x: Tensor) -> Tensor:
-    """The sums whose means `gradient` is to subtract."""
-    _, _, std, scale, shift = vectors
+def _moved(
+    moving: Moving, totals: Tensor, vectors: Tensor, eps: float, passes: _Passes, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The vectors and sums that make `gradient` the moving one. With these vectors it cannot see a ReLU any more."""
+    mean, var, std, scale, shift = vectors
     positions = x.numel() // (x.shape[0] * x.shape[1])
     count = std.new_full((passes.groups, 1), passes.size * positions)
     count[-1] = (x.shape[0] - (passes.groups - 1) * passes.size) * positions
-    given, given_x_hat = moving.given(scale, shift)
-    own = moving.own
-    moving.move(totals[0], totals[1] / std, count, scale, shift, std, eps)
-    return torch.stack([own * totals[0] + count * given, own * totals[1] + count * std * given_x_hat]).to(totals.dtype)
+    sum_dy, sum_dy_x_hat, factor = moving.part(totals[0], totals[1] / std, count, scale, shift, std, eps)
+    scaled = torch.stack([mean, var, std, scale * factor, shift])
+    return scaled, torch.stack([sum_dy / factor, sum_dy_x_hat * std / factor])
 
 
 # Past `Function.apply`, which looks for transforms of torch.func; with these at work this backend is not chosen.
