@@ -65,10 +65,14 @@ CHOSEN: dict[str, dict[str, float]] = {
         "groups-4/mabn": 0.1,
     },
     "small-batch-conv": {
+        "whole/bn": 0.05,
+        "whole/brn": 0.05,
         "groups-4/bn": 0.05,
         "groups-4/brn": 0.05,
         "groups-4/brn-moving": 0.05,
         "groups-4/mabn": 0.025,
+        "groups-2/brn": 0.025,
+        "groups-2/brn-moving": 0.05,
     },
 }
 
