@@ -80,9 +80,9 @@ STAGES = {
 }
 
 
-def path(preset: str, stage: str) -> Path:
+def path(preset: str, stage: str, results: Path = RESULTS) -> Path:
     """The rows of a stage."""
-    return RESULTS / preset / f"{STAGES[stage][1]}.jsonl"
+    return results / preset / f"{STAGES[stage][1]}.jsonl"
 
 
 def kept(found: list[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
@@ -93,10 +93,11 @@ def kept(found: list[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
     return [r for r in found if is_final(r) and r["split"] in of]
 
 
-def run(preset: Preset, stage: str, data: Path | None, only: tuple[str, ...]) -> None:
+def run(preset: Preset, stage: str, data: Path | None, results_in: Path, only: tuple[str, ...]) -> None:
     """Do what is missing of a stage."""
-    path(preset.name, stage).parent.mkdir(exist_ok=True)
-    results = runs.Results(path(preset.name, stage))
+    file = path(preset.name, stage, results_in)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    results = runs.Results(file)
     for arm, seed in STAGES[stage][0](preset):
         # A loss that is not finite is an answer here.
         arm = replace(arm, may_diverge=True)
@@ -147,6 +148,8 @@ def main() -> None:
     parser.add_argument("preset", choices=CANDIDATES)
     parser.add_argument("stage", choices=(*STAGES, "choose"))
     parser.add_argument("--data", type=Path)
+    # Rows that are committed make the next ones those of a changed tree: write elsewhere, then move them.
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--only", nargs="+", default=[], help="arms, regimes or normalisers")
     options = parser.parse_args()
     preset = PRESETS[options.preset]
@@ -154,7 +157,7 @@ def main() -> None:
         for name, rate in choose(preset).items():
             print(f'        "{name}": {rate:g},')
     else:
-        run(preset, options.stage, options.data, tuple(options.only))
+        run(preset, options.stage, options.data, options.results, tuple(options.only))
 
 
 if __name__ == "__main__":
