@@ -16,10 +16,10 @@ is at most the population's,
 
     min(r / sigma_B, 1 / sigma)
 
-which are the same where r is not clipped. Of a microbatch of nearly equal values, whose r ends at 1 / r_max, the paper's
-projection leaves almost no gradient; this one would be without limit, and the mean of 1 / sigma_B of two values is
-infinite. The derivation, and what it is worth, are in docs/theory-backward.md. The sums are those that the gradients of
-weight and bias need anyway, so there is no other heavy pass. `moving.c` is the same in C.
+which are the same where r is not clipped. Of a microbatch of nearly equal values, whose r ends at 1 / r_max, the
+paper's projection leaves almost no gradient; this one would be without limit, and the mean of 1 / sigma_B of two values
+is infinite. The derivation, and what it is worth, are in docs/theory-backward.md. The sums are those that the gradients
+of weight and bias need anyway, so there is no other heavy pass. `moving.c` is the same in C.
 """
 
 from __future__ import annotations
