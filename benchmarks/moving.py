@@ -1,7 +1,7 @@
 """What `gradient="moving"` costs a training step: `python -m benchmarks.moving [--record]`.
 
-Whole steps of three nets, each with the paper's gradient, with it again (the noise) and with the moving one, in turns on
-the same minibatch; the ratio is the median over the turns, beside it their quartiles. `--record` appends rows to
+Whole steps of three nets, each with the paper's gradient, with it again (the noise) and with the moving one, in turns
+on the same minibatch; the ratio is the median over the turns, beside it their quartiles. `--record` appends rows to
 results/moving/rows.jsonl.
 """
 

@@ -62,7 +62,7 @@ def check() -> None:
     )  # fmt: skip
     expected = torch.autograd.grad(y, x, g[0].permute(1, 2, 0).reshape(32, 6))[0]
     torch.testing.assert_close(found, expected)
-    # docs/design-moving-backward.md
+    # docs/theory-backward.md, "In the package"
     x, g, mu, sigma, s1, s2 = x.detach()[0], g[0], mu[:, None], sigma[:, None], s1[:, None], s2[:, None]
     var, mu_B = torch.var_mean(x, -1, correction=0)
     sigma_B = (var + EPS).sqrt()
