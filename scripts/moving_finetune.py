@@ -2,8 +2,8 @@
 
 python scripts/moving_finetune.py --out results/backward/finetune.jsonl
 
-A net of `batchrenorm reproduce digits` is trained as batch norm on minibatches of 32, then on in microbatches, limits open
-from the first step. Validation images; gamma and beta are learned.
+A net of `batchrenorm reproduce digits` is trained as batch norm on minibatches of 32, then on in microbatches, limits
+open from the first step. Validation images; gamma and beta are learned.
 """
 
 from __future__ import annotations
