@@ -19,6 +19,8 @@ from batchrenorm import functional
 from batchrenorm.backends import triton
 from batchrenorm.library import LIBRARY
 
+GRADIENTS = ["microbatch", "moving"]
+
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
@@ -38,6 +40,9 @@ def layer_of(channels: int, device: torch.device, dtype: torch.dtype = torch.flo
         layer.running_var.uniform_(0.5, 2.0, generator=generator)
         layer.weight.uniform_(0.5, 2.0, generator=generator)
         layer.bias.normal_(generator=generator)
+        if layer.gradient == "moving":
+            layer.gradient_mean.normal_(generator=generator)
+            layer.gradient_slope.normal_(generator=generator)
     return layer.to(device, dtype)
 
 
@@ -50,14 +55,16 @@ def step(layer: Callable[[Tensor], Tensor], parameters: list[Tensor], x: Tensor,
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("group", [None, 4])
+@pytest.mark.parametrize("gradient", GRADIENTS)
 def test_against_float64_on_the_cpu(
-    device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format, group: int | None
+    device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format, group: int | None, gradient: str
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(12, 5, 7, 9, generator=generator) * 2 + 3).to(dtype)
     cotangent = torch.randn(12, 5, 7, 9, generator=generator).to(dtype)
-    exact = layer_of(5, torch.device("cpu"), torch.float64, microbatch_size=group)
-    layer = layer_of(5, device, torch.float64 if dtype == torch.float64 else torch.float32, microbatch_size=group)
+    options = {"microbatch_size": group, "gradient": gradient}
+    exact = layer_of(5, torch.device("cpu"), torch.float64, **options)
+    layer = layer_of(5, device, torch.float64 if dtype == torch.float64 else torch.float32, **options)
     # The same parameters: those of float32.
     exact.load_state_dict(layer.state_dict())
     expected = step(exact, list(exact.parameters()), x.double(), cotangent.double())
@@ -71,7 +78,8 @@ def test_against_float64_on_the_cpu(
     for a, b in zip(found, expected, strict=True):
         scale = 10.0 * max(1.0, b.abs().max().item())
         assert (a.cpu().double() - b).abs().max().item() <= 4 * eps * scale
-    for name in ("running_mean", "running_var"):
+    # The moving ones are means of terms of the size of the cotangent, or its product with h: 10 at most.
+    for name in ("running_mean", "running_var", "gradient_mean", "gradient_slope")[: 4 if gradient == "moving" else 2]:
         a, b = getattr(layer, name).cpu().double(), getattr(exact, name)
         torch.testing.assert_close(a, b, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=1e-6)
 
@@ -86,9 +94,10 @@ def test_oracle(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing(device: torch.device, reentrant: bool) -> None:
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_checkpointing(device: torch.device, reentrant: bool, gradient: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    plain, again = layer_of(4, device), layer_of(4, device)
+    plain, again = layer_of(4, device, gradient=gradient), layer_of(4, device, gradient=gradient)
     xs = [torch.randn(8, 4, 5, 5, generator=generator).to(device).requires_grad_() for _ in range(2)]
     cotangents = [torch.randn(8, 4, 5, 5, generator=generator).to(device) for _ in range(2)]
     expected = [layer(x) for layer in (plain,) for x in xs]
@@ -121,11 +130,13 @@ def test_compiled_gradients_are_eager_gradients(device: torch.device) -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_no_synchronisation(device: torch.device) -> None:
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_no_synchronisation(device: torch.device, gradient: str) -> None:
     """A training step under the paper's moving limits never waits for the GPU."""
     if device.type != "cuda":
         pytest.skip("only an accelerator can be waited for")
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), brn.BatchRenorm2d(8), nn.ReLU(), brn.BatchRenorm2d(8)).to(device)
+    first, second = (brn.BatchRenorm2d(8, gradient=gradient) for _ in range(2))
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), first, nn.ReLU(), second).to(device)
     x = torch.randn(4, 3, 9, 9, device=device)
     net(x).sin().sum().backward()
     torch.cuda.set_sync_debug_mode("error")
@@ -135,10 +146,11 @@ def test_no_synchronisation(device: torch.device) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_captured_step_equals_eager_step(device: torch.device) -> None:
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_captured_step_equals_eager_step(device: torch.device, gradient: str) -> None:
     if device.type != "cuda":
         pytest.skip("needs CUDA graphs")
-    eager, captured = layer_of(4, device), layer_of(4, device)
+    eager, captured = layer_of(4, device, gradient=gradient), layer_of(4, device, gradient=gradient)
     x = torch.randn(8, 4, 5, 5, device=device, requires_grad=True)
     cotangent = torch.randn_like(x)
     state = copy.deepcopy(captured.state_dict())
