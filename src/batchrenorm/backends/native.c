@@ -65,7 +65,7 @@ struct found {
     double first[CHANNELS], second[CHANNELS];
 };
 
-static inline struct unit own(struct unit u, struct found *found)
+static inline struct unit found_in(struct unit u, struct found *found)
 {
     u.first = found->first;
     u.second = found->second;

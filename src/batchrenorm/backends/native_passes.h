@@ -644,9 +644,9 @@ static void NAME(moments_of_unit)(const struct pass *pass, struct unit u)
 {
     struct found found;
     if (pass->rows)
-        NAME(moments_of_rows)(pass, own(u, &found));
+        NAME(moments_of_rows)(pass, found_in(u, &found));
     else
-        NAME(moments_of_planes)(pass, own(u, &found));
+        NAME(moments_of_planes)(pass, found_in(u, &found));
     hand_over(u, &found);
     if (pass->parts == 1)
         NAME(finish_moments)(pass, u.group, u.c0, u.c1);
@@ -741,9 +741,9 @@ static void NAME(sums_of_unit)(const struct pass *pass, struct unit u)
 {
     struct found found;
     if (pass->rows)
-        NAME(sums_of_rows)(pass, own(u, &found));
+        NAME(sums_of_rows)(pass, found_in(u, &found));
     else
-        NAME(sums_of_planes)(pass, own(u, &found));
+        NAME(sums_of_planes)(pass, found_in(u, &found));
     hand_over(u, &found);
     int all = pass->parts == 1;
     if (all)
