@@ -102,44 +102,29 @@ def check(
         assert worst <= limit + (3.03 * half if name == "dx" else 0.0), f"{name} is off by {worst:.1e}"
 
 
+def forward(x: Tensor, state: dict[str, Tensor], step: int, size: int | None, **options: Any) -> Tensor:
+    mu, var, weight, bias, mean, slope = state.values()
+    settings: dict[str, Any] = {"alpha": 0.1, "eps": 1e-5, "mask": None, "process_group": None} | options
+    settings |= dict(zip(("r_max", "d_max"), CLIP(step)))
+    moving = Moving(mean, slope, CLIP.own_share(step))
+    return renormalize(
+        x, mu, var, torch.tensor(step), weight, bias, training=True, microbatch_size=size, moving=moving, **settings
+    )
+
+
 def run(
-    backend: str,
-    x: Tensor,
-    dy: Tensor,
-    vectors: dict[str, Tensor],
-    step: int,
-    size: int,
-    activation: str | None = None,
-    residual: Tensor | None = None,
+    backend: str, x: Tensor, dy: Tensor, vectors: dict[str, Tensor], step: int, size: int, **epilogue: Any
 ) -> dict[str, Tensor]:
     state = {name: v.clone() for name, v in vectors.items()}
+    state["weight"].requires_grad_()
+    state["bias"].requires_grad_()
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    mean, slope = state["gradient_mean"], state["gradient_slope"]
-    y = renormalize(
-        x,
-        state["running_mean"],
-        state["running_var"],
-        torch.tensor(step),
-        state["weight"].requires_grad_(),
-        state["bias"].requires_grad_(),
-        training=True,
-        alpha=0.1,
-        eps=1e-5,
-        r_max=CLIP(step)[0],
-        d_max=CLIP(step)[1],
-        microbatch_size=size,
-        mask=None,
-        process_group=None,
-        activation=activation,
-        residual=residual,
-        backend=backend,
-        moving=Moving(mean, slope, CLIP.own_share(step)),
-    )
-    assert torch.equal(mean, vectors["gradient_mean"]), "moved before the backward"
+    y = forward(x, state, step, size, backend=backend, **epilogue)
+    assert torch.equal(state["gradient_mean"], vectors["gradient_mean"]), "moved before the backward"
     y.backward(dy)
     assert x.grad is not None
     assert x.grad.dtype == x.dtype
-    return {"dx": x.grad, "gradient_mean": mean, "gradient_slope": slope}
+    return {"dx": x.grad, "gradient_mean": state["gradient_mean"], "gradient_slope": state["gradient_slope"]}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -161,7 +146,7 @@ def test_epilogues(step: int, activation: str | None, added: bool, backend: str)
     vectors = settings(torch.float32)
     x, dy = batch((6, C, 4, 4), torch.float32)
     residual = torch.randn_like(x) if added else None
-    found = run(backend, x, dy, vectors, step, 2, activation, residual)
+    found = run(backend, x, dy, vectors, step, 2, activation=activation, residual=residual)
     check(found, x, dy, vectors, step, 2, activation == "relu", residual)
 
 
@@ -205,8 +190,8 @@ def test_masks(step: int, compiled: bool) -> None:
     x, dy = batch((7, C, 6), torch.float64)
     mask = torch.rand(7, 6) < 0.7
     x.requires_grad_()
-    forward = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
-    forward(x, mask).backward(dy)
+    call = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
+    call(x, mask).backward(dy)
     found = {"dx": x.grad, "gradient_mean": module.gradient_mean, "gradient_slope": module.gradient_slope}
     check(found, x.detach(), dy, vectors, step, 2, mask=mask)  # type: ignore[arg-type]
 
@@ -275,14 +260,14 @@ def test_checkpointing_changes_no_bit(reentrant: bool, order: tuple[int, ...]) -
         assert torch.equal(plain, recomputed)
 
 
-def pending(forward: Callable[[Tensor], Tensor], module: brn.BatchRenorm) -> list[Tensor]:
+def pending(call: Callable[[Tensor], Tensor], module: brn.BatchRenorm) -> list[Tensor]:
     """One layer twice in a row, and two forwards before their backwards, then a third step."""
     generator = torch.Generator().manual_seed(4)
     xs = [torch.randn(6, C, 3, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3)]
-    ys = [forward(forward(x)) for x in xs[:2]]
+    ys = [call(call(x)) for x in xs[:2]]
     for y in reversed(ys):
         y.backward(torch.randn(y.shape, generator=generator, dtype=y.dtype))
-    y = forward(xs[2])
+    y = call(xs[2])
     y.backward(torch.randn(y.shape, generator=generator, dtype=y.dtype))
     return [x.grad for x in xs] + [module.weight.grad, *module.buffers()]  # type: ignore[union-attr, list-item]
 
@@ -469,25 +454,9 @@ def sharded(group: Any, backend: str | None, step: int, shards: tuple[int, ...],
     mine = slice(sum(shards[:rank]), sum(shards[: rank + 1]))
     x_mine = x[mine].clone().requires_grad_()
     state = {name: v.clone() for name, v in vectors.items()}
-    y = renormalize(
-        x_mine,
-        state["running_mean"],
-        state["running_var"],
-        torch.tensor(step),
-        state["weight"],
-        state["bias"],
-        training=True,
-        alpha=0.1,
-        eps=1e-5,
-        r_max=CLIP(step)[0],
-        d_max=CLIP(step)[1],
-        microbatch_size=size,
-        mask=None,
-        process_group=group,
-        # On the second replica another one: they must agree on what they send.
-        backend="decomposed" if rank == 1 else backend if size is None else None,
-        moving=Moving(state["gradient_mean"], state["gradient_slope"], CLIP.own_share(step)),
-    )
+    # On the second replica another backend: they must agree on what they send.
+    chosen = "decomposed" if rank == 1 else backend if size is None else None
+    y = forward(x_mine, state, step, size, backend=chosen, process_group=group)
     y.backward(dy[mine])
     return {"dx": x_mine.grad, "gradient_mean": state["gradient_mean"], "gradient_slope": state["gradient_slope"]}
 
