@@ -113,7 +113,7 @@ def table(name: str) -> str:
             seeds = sorted(values.keys() & brn.keys() & whole.keys())
             closed = share([values[s] - brn[s] for s in seeds], [whole[s] - brn[s] for s in seeds])
             gap = "–" if closed is None else "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * v for v in closed))
-        failed = sum(o.failed for (a, _, _), o in found.items() if a == arm.name)
+        failed = sum(o.failed for (a, rate, _), o in found.items() if (a, rate) == (arm.name, arm.learning_rate))
         lines.append(
             f"| {describe(arm)} | {TITLES[arm.normalizer]} | {arm.learning_rate:g} | "
             f"{_spread(list(values.values()))} | {len(values)} | {failed} | {gap} |"
