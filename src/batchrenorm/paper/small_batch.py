@@ -72,7 +72,7 @@ CHOSEN: dict[str, dict[str, float]] = {
         "groups-4/brn-moving": 0.05,
         "groups-4/mabn": 0.025,
         "groups-2/brn": 0.025,
-        "groups-2/brn-moving": 0.05,
+        "groups-2/brn-moving": 0.025,
     },
 }
 
