@@ -8,10 +8,10 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from batchrenorm.paper import runs
+from batchrenorm.paper import report, runs
 from batchrenorm.paper.presets import PRESETS
 from batchrenorm.paper.small_batch import TITLES, candidates, describe
-from batchrenorm.paper.summary import is_final, t95
+from batchrenorm.paper.summary import is_final, summarize, t95
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "small-batches.md"
@@ -113,7 +113,7 @@ def table(name: str) -> str:
             seeds = sorted(values.keys() & brn.keys() & whole.keys())
             closed = share([values[s] - brn[s] for s in seeds], [whole[s] - brn[s] for s in seeds])
             gap = "–" if closed is None else "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * v for v in closed))
-        failed = sum(o.failed for (a, _, _), o in found.items() if a == arm.name)
+        failed = sum(o.failed for (a, rate, _), o in found.items() if (a, rate) == (arm.name, arm.learning_rate))
         lines.append(
             f"| {describe(arm)} | {TITLES[arm.normalizer]} | {arm.learning_rate:g} | "
             f"{_spread(list(values.values()))} | {len(values)} | {failed} | {gap} |"
@@ -170,7 +170,15 @@ def stability(name: str) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"test": table, "tuning": tuned, "robust": robust, "map": stability}
+def predictions(name: str) -> str:
+    """What was expected, and what came."""
+    preset = PRESETS[name]
+    rates = {arm.name: arm.learning_rate for arm in preset.arms}
+    rows = [r for r in records(name, "results") if r["config"]["learning_rate"] == rates[r["arm"]]]
+    return report.markdown_predictions(preset, summarize(preset, rows))
+
+
+TABLES = {"test": table, "predictions": predictions, "tuning": tuned, "robust": robust, "map": stability}
 
 
 def page(text: str) -> str:
