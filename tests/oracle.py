@@ -121,7 +121,7 @@ def backward(step: Step, dy: Array) -> tuple[Array, Array, Array]:
 
 
 def moving_backward(
-    step: Step, dy: Array, sigma: Array, mean: Array, slope: Array, own: float, rate: float = 0.1
+    step: Step, dy: Array, sigma: Array, mean: Array, slope: Array, own: float, rate: float = 0.3
 ) -> tuple[Array, Array, Array]:
     """dl/dx of docs/theory-backward.md, "regress", and its mean and slope after the step; dy is before gamma.
 
