@@ -61,7 +61,7 @@ CHOSEN: dict[str, dict[str, float]] = {
         "groups-4/bn": 0.2,
         "groups-4/brn": 0.2,
         "groups-4/brn-tight": 0.2,
-        "groups-4/brn-moving": 0.1,
+        "groups-4/brn-moving": 0.2,
         "groups-4/mabn": 0.1,
     },
     "small-batch-conv": {
