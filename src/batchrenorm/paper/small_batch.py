@@ -58,6 +58,8 @@ CHOSEN: dict[str, dict[str, float]] = {
         "whole/bn": 0.2,
         "whole/brn": 0.2,
         "whole/brn-moving": 0.2,
+        "whole/group": 0.1,
+        "whole/layer": 0.1,
         "groups-4/bn": 0.2,
         "groups-4/brn": 0.2,
         "groups-4/brn-tight": 0.2,
@@ -67,6 +69,7 @@ CHOSEN: dict[str, dict[str, float]] = {
     "small-batch-conv": {
         "whole/bn": 0.05,
         "whole/brn": 0.05,
+        "whole/brn-moving": 0.05,
         "groups-4/bn": 0.05,
         "groups-4/brn": 0.05,
         "groups-4/brn-moving": 0.05,
