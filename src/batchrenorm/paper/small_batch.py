@@ -65,6 +65,10 @@ CHOSEN: dict[str, dict[str, float]] = {
         "groups-4/brn-tight": 0.2,
         "groups-4/brn-moving": 0.2,
         "groups-4/mabn": 0.1,
+        "groups-8/brn": 0.2,
+        "groups-8/brn-moving": 0.2,
+        "groups-2/brn": 0.1,
+        "groups-2/brn-moving": 0.2,
     },
     "small-batch-conv": {
         "whole/bn": 0.05,
@@ -76,6 +80,8 @@ CHOSEN: dict[str, dict[str, float]] = {
         "groups-4/mabn": 0.025,
         "groups-2/brn": 0.025,
         "groups-2/brn-moving": 0.025,
+        "groups-8/brn": 0.025,
+        "groups-8/brn-moving": 0.025,
     },
 }
 
