@@ -591,8 +591,8 @@ BUGS = [
     Bug(
         "the moving gradient's factor without its limit",
         "moving.py",
-        "rest = (1.0 - self.own) * (std / (scale * self.sigma)).clamp(max=1.0)",
-        "rest = 1.0 - self.own",
+        "return (1.0 - self.own) * (std / (scale * self.sigma)).clamp(max=1.0)",
+        "return (1.0 - self.own) * torch.ones_like(std)",
         MOVING + "test_formulae",
     ),
     Bug(

@@ -251,7 +251,9 @@ def _used_averages(
     if _may_be_repeated():
         mu = mu.clone() if mu is running_mean else mu  # the caller will write it
         history = _history(layer)
-        history.record(history.forwards, mean, mu, sigma, limits, _node_of_this_forward())
+        # Compiled code may give the memory of what an operator has read to something else.
+        seen = mean.clone() if mean is mu_B else mean
+        history.record(history.forwards, seen, mu, sigma, limits, _node_of_this_forward())
     return _Use(mean, std, mu, sigma, limits, False)
 
 
@@ -457,7 +459,8 @@ def _correct_op(
     new_step = limits.new_empty(0) if step is None else step + (0 if use.repeated else 1)
     own = use.limits.own
     own = own.clone() if isinstance(own, Tensor) else limits.new_full((), own)
-    return *_r_d(mu_B, sigma_B, use), own, use.sigma, new_mean, new_var, new_step
+    # Nor may it return what the history keeps: compiled code writes over results that it needs no more.
+    return *_r_d(mu_B, sigma_B, use), own, use.sigma.clone(), new_mean, new_var, new_step
 
 
 def _correct_fake(

@@ -44,6 +44,14 @@ class Moving(NamedTuple):
     sigma: Tensor | None = None  # (C,) that r was computed from; None where the kernel that computed r has it
     replicas: Replicas | None = None  # who has the same mean and slope
 
+    def factor(self, scale: Tensor, std: Tensor) -> Tensor:
+        """Of dy on its way to x, in units of weight * r / sigma_B: 1 of the own share, at most that of the other."""
+        return self.own + self._rest(scale, std)
+
+    def _rest(self, scale: Tensor, std: Tensor) -> Tensor:
+        assert self.sigma is not None
+        return (1.0 - self.own) * (std / (scale * self.sigma)).clamp(max=1.0)
+
     def part(
         self, sum_dy: Tensor, sum_dy_x_hat: Tensor, count: Tensor, scale: Tensor, shift: Tensor, std: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,8 +65,7 @@ class Moving(NamedTuple):
             eps: in std, under the root.
         """
         mean, slope = self.mean.to(scale.dtype), self.slope.to(scale.dtype)
-        assert self.sigma is not None
-        rest = (1.0 - self.own) * (std / (scale * self.sigma)).clamp(max=1.0)
+        rest = self._rest(scale, std)
         found = (
             self.own * sum_dy + rest * count * (mean + shift * slope),
             self.own * sum_dy_x_hat + rest * count * scale * slope,
@@ -153,7 +160,7 @@ def zeros_and_factor(
     zero, zero_too = torch.ops.batchrenorm.moving(
         mean, std, scale, shift, weight, count, own, moving.sigma, moving.mean, moving.slope, eps, together, group, size
     )
-    return zero, zero_too, own + (1.0 - own) * (std.detach() / (scale * moving.sigma)).clamp(max=1.0)
+    return zero, zero_too, moving._replace(own=own).factor(scale, std.detach())
 
 
 def _forward(mean: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
