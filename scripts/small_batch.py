@@ -6,8 +6,8 @@ python scripts/small_batch.py PRESET test     # every arm at its learning rate, 
 python scripts/small_batch.py PRESET robust   # brn-moving in groups of 4, seeds 0 to 9, two rates a factor of 4 apart
 python scripts/small_batch.py PRESET map      # learning rate x samples normalised together, seeds 100 and 101
 
-PRESET is small-batch or small-batch-conv, --data DIR where Omniglot lies. Each stage goes on where it was stopped; what is
-committed as .xz has to be unpacked for that.
+PRESET is small-batch or small-batch-conv, --data DIR where Omniglot lies. Each stage goes on where it was stopped;
+what is committed as .xz has to be unpacked for that.
 """
 
 from __future__ import annotations
