@@ -3,7 +3,7 @@
 python scripts/small_batch.py PRESET tune     # every arm at every candidate, seeds 100 and 101, validation images
 python scripts/small_batch.py PRESET choose   # prints what the tuning chose, for batchrenorm/paper/small_batch.py
 python scripts/small_batch.py PRESET test     # every arm at its learning rate, seeds 0 to 4, test images at the end
-python scripts/small_batch.py PRESET robust   # brn-moving in groups of 4, seeds 0 to 9, two rates a factor of 4 apart
+python scripts/small_batch.py PRESET robust   # moving gradients in groups of 4, seeds 0 to 9, two rates 4 times apart
 python scripts/small_batch.py PRESET map      # learning rate x samples normalised together, seeds 100 and 101
 
 PRESET is small-batch or small-batch-conv, --data DIR where Omniglot lies. Each stage goes on where it was stopped;
@@ -22,6 +22,7 @@ from typing import Any
 
 from batchrenorm.paper import runs
 from batchrenorm.paper.experiment import Arm, Preset
+from batchrenorm.paper.normalizers import MOVING
 from batchrenorm.paper.presets import PRESETS
 from batchrenorm.paper.small_batch import CANDIDATES, candidates
 from batchrenorm.paper.summary import is_final
@@ -57,7 +58,8 @@ def robust(preset: Preset) -> Iterator[Job]:
     """One default setting, ten seeds, two learning rates."""
     for seed in range(10):
         for rate in ROBUST[preset.name]:
-            yield replace(preset.arm("groups-4/brn-moving"), learning_rate=rate), seed
+            for normalizer in MOVING:
+                yield replace(preset.arm(f"groups-4/{normalizer}"), learning_rate=rate), seed
 
 
 def stability(preset: Preset) -> Iterator[Job]:
@@ -69,8 +71,8 @@ def stability(preset: Preset) -> Iterator[Job]:
         rate *= 2
         for regime in MAP_REGIMES:
             for seed in TUNING_SEEDS:
-                yield replace(preset.arm(f"{regime}/brn-moving"), learning_rate=rate), seed
-                yield replace(preset.arm(f"{regime}/brn"), learning_rate=rate), seed
+                for normalizer in (*MOVING, "brn"):
+                    yield replace(preset.arm(f"{regime}/{normalizer}"), learning_rate=rate), seed
 
 
 STAGES = {

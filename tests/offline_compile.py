@@ -19,8 +19,8 @@ from batchrenorm.backends import triton as passes
 from batchrenorm.backends import triton_kernels as kernels
 
 VECTORS = {"running_mean", "running_var", "vectors", "partials", "totals"}
-NUMBERS = {"alpha": "fp32", "r_max": "fp32", "d_max": "fp32", "eps": "fp32"}
-FLAGS = {"CUMULATIVE": False, "RELU": True, "REVERSED": True}
+NUMBERS = {"alpha": "fp32", "window": "fp32", "r_max": "fp32", "d_max": "fp32", "eps": "fp32"}
+FLAGS = {"FALLING": False, "RELU": True, "REVERSED": True}
 ABSENT = {"residual", "masked"}
 
 

@@ -329,6 +329,63 @@ def test_papers_schedule_as_fractions() -> None:
         assert schedule(total) == (3.0, 5.0)
 
 
+def test_early_schedule() -> None:
+    assert brn.ClipSchedule.early(1_300, 1.5, 0.5) == brn.ClipSchedule(1.5, 0.5, 0, 130, 130)
+    assert brn.ClipSchedule.early(3)(0) == (3.0, 5.0)  # no tenth to wait for
+    for schedule in (brn.ClipSchedule.early, brn.ClipSchedule.for_training):
+        with pytest.raises(ValueError, match="total_steps >= 1, got 0"):
+            schedule(0)
+
+
+STEPS = (0, 1, 2, 9, 10, 11, 990, 991, 5_000, 10**9)
+
+
+@pytest.mark.parametrize(("momentum", "window"), [(0.01, 0.1), (0.0, 1.0), (0.3, 0.1), (0.5, 0.0), (1.0, 0.5), (0, 1)])
+def test_momentum_schedule(momentum: float, window: float) -> None:
+    schedule = brn.MomentumSchedule(momentum, window)
+    assert schedule == pickle.loads(pickle.dumps(schedule))
+    for step in STEPS:
+        expected = max(momentum, 1 / (1 + window * step))
+        assert schedule(step) == pytest.approx(expected, rel=1e-14)
+        for dtype in (torch.int64, torch.int32):
+            of_tensor = schedule(torch.tensor(step, dtype=dtype))
+            assert (of_tensor.dtype, of_tensor.shape) == (torch.float64, ())
+            assert of_tensor.item() == schedule(step)
+
+
+def test_averages_look_back_over_a_part_of_the_training() -> None:
+    """The same as weights given one by one; and the counter that it goes by is saved."""
+    schedule = brn.MomentumSchedule(0.05, 0.5)
+    scheduled = brn.BatchRenorm1d(3, momentum=schedule, dtype=torch.float64)
+    given = brn.BatchRenorm1d(3, dtype=torch.float64)
+    for step in range(60):
+        given.momentum = schedule(step)
+        if step == 30:
+            resumed = brn.BatchRenorm1d(3, momentum=schedule, dtype=torch.float64)
+            resumed.load_state_dict(scheduled.state_dict())
+            scheduled = resumed
+        x = torch.randn(8, 3, dtype=torch.float64) * 3 + step
+        assert torch.equal(scheduled(x), given(x))
+        assert torch.equal(scheduled.running_mean, given.running_mean)
+        assert torch.equal(scheduled.running_var, given.running_var)
+    assert repr(scheduled).count("MomentumSchedule(momentum=0.05, window=0.5)") == 1
+
+
+def test_cumulative_mean_is_a_momentum_schedule() -> None:
+    cumulative, scheduled = (brn.BatchRenorm2d(2, momentum=m) for m in (None, brn.MomentumSchedule(0.0, 1.0)))
+    for _ in range(20):
+        x = torch.randn(4, 2, 3, 3)
+        assert torch.equal(cumulative(x), scheduled(x))
+    assert torch.equal(cumulative.running_var, scheduled.running_var)
+
+
+@pytest.mark.parametrize("option", ["momentum", "window"])
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
+def test_momentum_schedule_refuses(option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"expected {option} in \[0, 1\], got"):
+        brn.MomentumSchedule(**{option: value})
+
+
 def test_constant_schedule() -> None:
     for step in (0, 1, 10**9):
         assert brn.ClipSchedule.constant(1.5, 0.5)(step) == (1.5, 0.5)

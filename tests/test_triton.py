@@ -217,7 +217,7 @@ def test_cumulative_mean() -> None:
     averages = Averages(4, torch.float32)
     xs = [torch.randn(6, 4, 5, 5) + k for k in range(3)]
     for t, x in enumerate(xs):
-        run(x, x, averages, None, None, t, alpha=None)
+        run(x, x, averages, None, None, t, alpha=brn.MomentumSchedule(0.0, 1.0))
     torch.testing.assert_close(averages.mean.cpu(), torch.stack(xs).mean((0, 1, 3, 4)), rtol=1e-5, atol=1e-6)
 
 

@@ -19,7 +19,7 @@ from .modules import (
 )
 from .monitor import RenormMonitor
 from .samplers import LabelGroupBatchSampler
-from .schedule import ClipSchedule
+from .schedule import ClipSchedule, MomentumSchedule
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,7 @@ __all__ = [
     "LazyBatchRenorm1d",
     "LazyBatchRenorm2d",
     "LazyBatchRenorm3d",
+    "MomentumSchedule",
     "RenormMonitor",
     "average_sigma",
     "batch_renorm",

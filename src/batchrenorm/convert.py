@@ -27,10 +27,11 @@ from .modules import (
     LazyBatchRenorm1d,
     LazyBatchRenorm2d,
     LazyBatchRenorm3d,
+    Momentum,
     check_gradient,
 )
 from .replicas import WORLD, group_called
-from .schedule import ClipSchedule
+from .schedule import CUMULATIVE, ClipSchedule, MomentumSchedule
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def convert_batchnorm(
     model: Model,
     *,
     clip: Clip | None = None,
-    momentum: float | None = 0.01,
+    momentum: Momentum = 0.01,
     microbatch_size: int | None = None,
     process_group: object | None = None,
     fuse_relu: bool = False,
@@ -111,7 +112,7 @@ def convert_batchnorm(
             5,000 steps again, since checkpoints often hold 0 for the step. The choice is no state: to resume such a
             training give `clip` itself, or the checkpoint will be loaded into new layers that warm up.
         momentum: weight of the new value in the averages; the paper's 0.01 rather than the layer's own, which was
-            chosen for averages that training does not use. None for the cumulative mean.
+            chosen for averages that training does not use. See `BatchRenorm` for what else it may be.
         microbatch_size: see `BatchRenorm`.
         process_group: see `BatchRenorm`. None leaves a `SyncBatchNorm` the group that it has, which is "world" where it
             has none.
@@ -131,7 +132,9 @@ def convert_batchnorm(
         >>> convert_batchnorm(model, clip=ClipSchedule.for_training(10_000))[1].__class__.__name__
         'BatchRenorm2d'
     """
-    check_settings(0.0 if momentum is None else momentum, 0.0, 1.0, 0.0, microbatch_size, process_group, None, None)
+    check_settings(
+        CUMULATIVE if momentum is None else momentum, 0.0, 1.0, 0.0, microbatch_size, process_group, None, None
+    )
     if clip is not None and not callable(clip):
         raise TypeError(f"expected clip to be a ClipSchedule, got {clip!r}; a constant is ClipSchedule.constant(r, d)")
     check_gradient(gradient, ClipSchedule() if clip is None else clip, True)
@@ -253,6 +256,8 @@ def to_batchnorm(model: Model) -> Model:
         if type(module) is BatchRenormAct2d:
             del module._was
         module.__class__ = norm
+        if isinstance(module.momentum, MomentumSchedule):
+            module.momentum = module.momentum.momentum  # type: ignore[assignment]
         if module.gradient == "moving":
             del module.gradient_mean, module.gradient_slope
         for attribute in ("clip", "microbatch_size", "activation", "gradient", "_layer"):

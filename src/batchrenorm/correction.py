@@ -25,6 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from .backends import aten, native, triton
 from .library import CORRECT, LIBRARY, STEP
 from .moving import Moving
+from .schedule import MomentumSchedule
 
 PENDING_FORWARDS = 64
 """How many forwards of one layer may wait for backwards that recompute (a pipeline keeps several in flight)."""
@@ -193,7 +194,7 @@ def suits_two_launches(
     step: Tensor | None,
     mask: Tensor | None,
     x: Tensor,
-    *numbers: float | Tensor | None,
+    *numbers: float | Tensor | MomentumSchedule,
 ) -> bool:
     """Whether `in_two_launches` is for these, and nothing can ask for this forward again."""
     return (

@@ -23,7 +23,7 @@ from .backends import Moments, Shared, aten, decomposed, native, triton
 from .correction import correct, in_one_call, in_two_launches, is_plain_eager, suits_one_call, suits_two_launches
 from .moving import Moving
 from .replicas import Replicas, check_group, mean_of_groups, merge, replicas_of
-from .schedule import ClipSchedule, as_real, check_limits
+from .schedule import ClipSchedule, MomentumSchedule, check_limits
 
 BACKENDS: dict[str, ModuleType] = {"aten": aten, "decomposed": decomposed, "native": native, "triton": triton}
 
@@ -126,7 +126,7 @@ def renormalize(
     bias: Tensor | None,
     *,
     training: bool,
-    alpha: float | Tensor | None,
+    alpha: float | Tensor | MomentumSchedule,
     eps: float,
     r_max: float | Tensor,
     d_max: float | Tensor,
@@ -142,11 +142,10 @@ def renormalize(
 ) -> Tensor:
     """`batch_renorm` with the layer's counter of training forwards, and the tensor that names its history.
 
-    With `clip` the limits are this schedule's at `step`, and alpha may be None, the cumulative mean's: both then stay
+    With `clip` the limits are this schedule's at `step`, and alpha may be a schedule as well: then both stay
     unevaluated for a kernel that reads the step itself. With `moving` the gradient is the moving one.
     """
-    weight_of_new = 0.0 if alpha is None else alpha
-    check_settings(weight_of_new, eps, r_max, d_max, microbatch_size, process_group, backend, activation)
+    check_settings(alpha, eps, r_max, d_max, microbatch_size, process_group, backend, activation)
     replicas = replicas_of(process_group) if training and process_group is not None else None
     _check_tensors(x, running_mean, running_var, weight, bias, may_be_empty=replicas is not None)
     if mask is not None:
@@ -184,8 +183,8 @@ def renormalize(
         return in_two_launches(x, weight, bias, eps, size, residual, activation, averages, moving)
     if clip is not None and step is not None:
         r_max, d_max = clip(step)
-    if alpha is None and step is not None:
-        alpha = 1.0 / (as_real(step) + 1)
+    if isinstance(alpha, MomentumSchedule) and step is not None:
+        alpha = alpha(step)
     share = None
     if mask is not None:
         x = torch.where(mask.unsqueeze(1) | x.isfinite(), x, 0)
@@ -367,7 +366,7 @@ def _check_tensors(
 
 
 def check_settings(
-    alpha: float | Tensor,
+    alpha: float | Tensor | MomentumSchedule,
     eps: float,
     r_max: float | Tensor,
     d_max: float | Tensor,
@@ -376,7 +375,7 @@ def check_settings(
     backend: str | None,
     activation: str | None,
 ) -> None:
-    if not isinstance(alpha, Tensor) and not 0.0 <= alpha <= 1.0:
+    if not isinstance(alpha, (Tensor, MomentumSchedule)) and not 0.0 <= alpha <= 1.0:
         raise ValueError(f"expected momentum in [0, 1], the weight of the new value, got {alpha}; the paper uses 0.01")
     if not eps >= 0.0:
         raise ValueError(f"expected eps >= 0, got {eps}; torch.nn.BatchNorm2d uses 1e-5")

@@ -14,9 +14,10 @@ from .correction import is_plain_eager, name_of_history
 from .functional import check_settings, renormalize
 from .moving import Moving
 from .replicas import name_of
-from .schedule import ClipSchedule, as_real
+from .schedule import CUMULATIVE, ClipSchedule, MomentumSchedule
 
 Clip = Callable[[Tensor], tuple[Tensor, Tensor]] | ClipSchedule
+Momentum = float | MomentumSchedule | None
 
 
 class BatchRenorm(nn.Module):
@@ -32,7 +33,8 @@ class BatchRenorm(nn.Module):
     Args:
         num_features: C, the size of dimension 1.
         eps: added to the variance, under the root.
-        momentum: weight of the new value in the averages (the paper's alpha), in [0, 1]; None for the cumulative mean.
+        momentum: weight of the new value in the averages (the paper's alpha), in [0, 1]; a `MomentumSchedule`, by which
+            it falls during training; or None for the cumulative mean.
         affine: learn weight and bias, ``(C,)``.
         track_running_stats: keep averages; without them the layer is batch norm on the minibatch, in inference too.
         device: of parameters and buffers.
@@ -80,7 +82,7 @@ class BatchRenorm(nn.Module):
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float | None = 0.01,
+        momentum: Momentum = 0.01,
         affine: bool = True,
         track_running_stats: bool = True,
         device: torch.device | str | int | None = None,
@@ -97,7 +99,14 @@ class BatchRenorm(nn.Module):
         if not isinstance(num_features, int) or isinstance(num_features, bool) or num_features < 0:
             raise ValueError(f"expected num_features to be an int >= 0, got {num_features!r}; it is dimension 1 of x")
         check_settings(
-            0.0 if momentum is None else momentum, eps, 1.0, 0.0, microbatch_size, process_group, None, activation
+            CUMULATIVE if momentum is None else momentum,
+            eps,
+            1.0,
+            0.0,
+            microbatch_size,
+            process_group,
+            None,
+            activation,
         )
         if not callable(clip):
             raise TypeError(
@@ -156,7 +165,7 @@ class BatchRenorm(nn.Module):
                 f"expected {ranks} input for {type(self).__name__}, got {x.ndim}-d of shape {tuple(x.shape)}; "
                 "use the layer of the right rank"
             )
-        alpha: float | Tensor | None = 0.0
+        alpha: float | Tensor | MomentumSchedule = 0.0
         r_max: float | Tensor = 1.0
         d_max: float | Tensor = 0.0
         clip = None
@@ -165,14 +174,12 @@ class BatchRenorm(nn.Module):
         if self.training and step is not None:
             # On the CPU looking at the counter costs nothing; elsewhere it would wait for the device.
             t = step.item() if step.is_cpu and is_plain_eager(x) else step
+            alpha = CUMULATIVE if self.momentum is None else self.momentum
             if step.is_cuda and isinstance(self.clip, ClipSchedule):
-                alpha, clip = self.momentum, self.clip  # for whoever can read the step without waiting
+                clip = self.clip  # for whoever can read the step without waiting
             else:
                 r_max, d_max = self.clip(t if isinstance(self.clip, ClipSchedule) else step)  # type: ignore[arg-type]
-                if self.momentum is None:
-                    alpha = 1.0 / (as_real(t) + 1 if isinstance(t, Tensor) else t + 1)
-                else:
-                    alpha = self.momentum
+                alpha = alpha(t) if isinstance(alpha, MomentumSchedule) else alpha  # type: ignore[arg-type]
             if self.gradient == "moving":
                 buffers = self._buffers
                 own = self.clip.own_share(t)  # type: ignore[union-attr, arg-type]
@@ -299,7 +306,7 @@ class _Lazy(LazyModuleMixin, BatchRenorm):
     def __init__(
         self,
         eps: float = 1e-5,
-        momentum: float | None = 0.01,
+        momentum: Momentum = 0.01,
         affine: bool = True,
         track_running_stats: bool = True,
         device: torch.device | str | int | None = None,

@@ -1,4 +1,4 @@
-"""The limits on r and d as a function of the training step (paper, section 4)."""
+"""What depends on the training step: the limits on r and d (paper, section 4), and the weight of the averages."""
 
 from __future__ import annotations
 
@@ -64,9 +64,29 @@ class ClipSchedule:
             >>> ClipSchedule.for_training(1_300)
             ClipSchedule(r_max=3.0, d_max=5.0, warmup=50, d_full=250, r_full=400)
         """
-        if total_steps < 1:
-            raise ValueError(f"expected total_steps >= 1, got {total_steps}; give the length of the run in steps")
+        _check_length(total_steps)
         return cls(r_max, d_max, *(round(total_steps * k / 130) for k in (5, 25, 40)))
+
+    @classmethod
+    def early(cls, total_steps: int, r_max: float = 3.0, d_max: float = 5.0) -> ClipSchedule:
+        """Limits that open over the first tenth of a run, without warm-up: to go with a `MomentumSchedule`.
+
+        Not the paper's, whose averages lag too far behind for that so early; what it is worth is in LOG.md.
+
+        Args:
+            total_steps: training steps of the whole run; at least 1.
+            r_max: final limit of r.
+            d_max: final limit of d.
+
+        Raises:
+            ValueError: ``total_steps`` is not positive, or a limit is out of its range.
+
+        Examples:
+            >>> ClipSchedule.early(1_300)
+            ClipSchedule(r_max=3.0, d_max=5.0, warmup=0, d_full=130, r_full=130)
+        """
+        _check_length(total_steps)
+        return cls(r_max, d_max, 0, *[round(total_steps / 10)] * 2)
 
     @classmethod
     def constant(cls, r_max: float = 3.0, d_max: float = 5.0) -> ClipSchedule:
@@ -121,6 +141,64 @@ class ClipSchedule:
             [1.0, 1.0, 0.5, 0.0]
         """
         return 1.0 - _ramp(step, self.warmup, self.r_full, 1.0 if self.r_max > 1.0 else 0.0)
+
+
+@dataclass(frozen=True)
+class MomentumSchedule:
+    """The weight of the new value in the averages, large at first: they look back over a part of the training so far.
+
+    ``alpha(t) = max(momentum, 1 / (1 + window * t))``. While the weights of a net still change fast, averages of weight
+    0.01 lag behind them, which is why the paper begins with batch norm; these follow, and the limits may open early.
+
+    Args:
+        momentum: the weight in the end, in [0, 1].
+        window: how far back they look, as a part of the steps so far, in [0, 1]; 1 and a momentum of 0 are the
+            cumulative mean.
+
+    Raises:
+        ValueError: a number out of its range.
+
+    Examples:
+        >>> schedule = MomentumSchedule(momentum=0.01)
+        >>> [round(schedule(t), 3) for t in (0, 10, 100, 1_000)]
+        [1.0, 0.5, 0.091, 0.01]
+
+    Source: not of the paper; LOG.md, "the first tenth".
+    """
+
+    momentum: float = 0.01
+    window: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, value in (("momentum", self.momentum), ("window", self.window)):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"expected {name} in [0, 1], got {value}; it is a part of the whole")
+
+    @overload
+    def __call__(self, step: Tensor) -> Tensor: ...
+    @overload
+    def __call__(self, step: int) -> float: ...
+    def __call__(self, step: Tensor | int) -> Tensor | float:
+        """The weight for the training forward that follows ``step`` finished ones.
+
+        Args:
+            step: 0-d integer tensor, or an int.
+
+        Returns:
+            A 0-d float64 tensor (float32 where the device has no float64) on the device of ``step``, computed without
+            a host sync; for an int, a float.
+        """
+        if isinstance(step, Tensor):
+            return (1.0 / (as_real(step) * self.window + 1.0)).clamp(min=self.momentum)
+        return max(self.momentum, 1.0 / (step * self.window + 1.0))
+
+
+CUMULATIVE = MomentumSchedule(0.0, 1.0)
+
+
+def _check_length(total_steps: int) -> None:
+    if total_steps < 1:
+        raise ValueError(f"expected total_steps >= 1, got {total_steps}; give the length of the run in steps")
 
 
 def _ramp(step: Tensor | int, start: int, end: int, height: float) -> Tensor | float:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..moving import NOT_TWICE, Moving
-from ..schedule import ClipSchedule
+from ..schedule import ClipSchedule, MomentumSchedule
 from . import Moments, Shared, as_laid_out, decomposed, in_order
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,7 +60,7 @@ class Averages(NamedTuple):
     running_mean: Tensor  # (C,) float32
     running_var: Tensor
     step: Tensor | None  # 0-d int64
-    alpha: float | None  # None: the cumulative mean
+    alpha: float | MomentumSchedule
     clip: ClipSchedule
 
 
@@ -248,12 +248,14 @@ def _statistics(passes: _Passes, x: Tensor, vectors: Tensor, eps: float, average
 
 
 def _step_arguments(averages: Averages | None) -> tuple[Any, ...]:
-    """From `running_mean` to `CUMULATIVE`, as the kernels take them."""
+    """From `running_mean` to `FALLING`, as the kernels take them."""
     if averages is None:
-        return None, None, None, 0.0, 1.0, 0.0, 0, 0, 0, False
+        return None, None, None, 0.0, 0.0, 1.0, 0.0, 0, 0, 0, False
     running_mean, running_var, step, alpha, clip = averages
     limits = float(clip.r_max), float(clip.d_max), clip.warmup, clip.d_full, clip.r_full
-    return running_mean, running_var, step, float(alpha or 0.0), *limits, alpha is None
+    if isinstance(alpha, MomentumSchedule):
+        return running_mean, running_var, step, float(alpha.momentum), float(alpha.window), *limits, True
+    return running_mean, running_var, step, float(alpha), 0.0, *limits, False
 
 
 class _Passes(NamedTuple):

@@ -151,8 +151,8 @@ def _correct(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _move(  # type: ignore[no-untyped-def]
-    vectors, counters, running_mean, running_var, step, alpha, eps, block, groups, c, C,
-    CUMULATIVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    vectors, counters, running_mean, running_var, step, alpha, window, eps, block, groups, c, C,
+    FALLING: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Called once for every group: the last one moves the averages of these channels, the last block the step."""
     blocks = tl.cdiv(C, BLOCK_C)
@@ -167,8 +167,9 @@ def _move(  # type: ignore[no-untyped-def]
             at = vectors + g[:, None] * C + c[None, :]
             mean += tl.sum(tl.load(at, mask=some, other=0.0, cache_modifier=".cg"), 0)
             std += tl.sum(tl.load(at + 2 * groups * C, mask=some, other=0.0, cache_modifier=".cg"), 0)
-        if CUMULATIVE:
-            alpha = (1.0 / (tl.load(step) + 1).to(tl.float64)).to(tl.float32)
+        if FALLING:
+            part = 1.0 / (tl.load(step).to(tl.float64) * window + 1.0)
+            alpha = tl.maximum(alpha, part.to(tl.float32))
         mu = tl.load(running_mean + c, mask=there, other=0.0)
         var = tl.load(running_var + c, mask=there, other=1.0)
         sigma = tl.sqrt_rn(var + eps)
@@ -182,7 +183,7 @@ def _move(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=_STEPS)
 def statistics(  # type: ignore[no-untyped-def]
     x, vectors, partials, counters,
-    running_mean, running_var, step, alpha, r_max, d_max, warmup, d_full, r_full, CUMULATIVE: tl.constexpr,
+    running_mean, running_var, step, alpha, window, r_max, d_max, warmup, d_full, r_full, FALLING: tl.constexpr,
     eps, N, units, other, size, groups, splits, tiles,
     ROWS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -233,8 +234,8 @@ def statistics(  # type: ignore[no-untyped-def]
                 g, groups, c, C,
             )  # fmt: skip
             _move(
-                vectors, counters, running_mean, running_var, step, alpha, eps, block, groups, c, C,
-                CUMULATIVE, BLOCK_M, BLOCK_C,
+                vectors, counters, running_mean, running_var, step, alpha, window, eps, block, groups, c, C,
+                FALLING, BLOCK_M, BLOCK_C,
             )  # fmt: skip
 
 
@@ -349,7 +350,7 @@ def gradient(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=_STEPS)
 def forward_in_one(  # type: ignore[no-untyped-def]
     x, y, residual, vectors, weight, bias, counters,
-    running_mean, running_var, step, alpha, r_max, d_max, warmup, d_full, r_full, CUMULATIVE: tl.constexpr,
+    running_mean, running_var, step, alpha, window, r_max, d_max, warmup, d_full, r_full, FALLING: tl.constexpr,
     RELU: tl.constexpr,
     eps, N, units, other, size, groups, splits, tiles,
     ROWS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -380,8 +381,8 @@ def forward_in_one(  # type: ignore[no-untyped-def]
     out = _normalised(v, mean, a, b, residual, offsets, there, RELU)
     tl.store(y + offsets, out.to(y.dtype.element_ty), mask=there)
     _move(
-        vectors, counters, running_mean, running_var, step, alpha, eps, block, groups, c, C,
-        CUMULATIVE, BLOCK_M, BLOCK_C,
+        vectors, counters, running_mean, running_var, step, alpha, window, eps, block, groups, c, C,
+        FALLING, BLOCK_M, BLOCK_C,
     )  # fmt: skip
 
 

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import __version__
-from ..schedule import ClipSchedule
+from ..schedule import ClipSchedule, MomentumSchedule
 from .models import Model
+from .normalizers import EARLY
 
 
 class Labels(NamedTuple):
@@ -201,7 +202,8 @@ class Preset:
     def config(self, arm: Arm) -> dict[str, Any]:
         """All that an arm's numbers depend on, except the seed, the processor, and how many of them there are."""
         steps = arm.steps or self.steps
-        clip = ClipSchedule.for_training(steps, self.r_max, self.d_max)
+        early = arm.normalizer in EARLY
+        clip = (ClipSchedule.early if early else ClipSchedule.for_training)(steps, self.r_max, self.d_max)
         return {
             "preset": self.name,
             "data": self.data,
@@ -222,6 +224,7 @@ class Preset:
             "label_smoothing": self.label_smoothing,
             "averaging": self.averaging,
             "alpha": self.alpha,
+            **({"window": MomentumSchedule(self.alpha).window} if early else {}),
             "clip": asdict(clip),
             "learn_gamma": self.learn_gamma,
             "precision": self.precision,

@@ -12,10 +12,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..convert import convert_batchnorm
 from ..modules import BatchRenorm
-from ..schedule import ClipSchedule
+from ..schedule import ClipSchedule, MomentumSchedule
 from .mabn import Mabn, centre_weights
 
-NORMALIZERS = ("bn", "brn", "brn-moving", "brn-tight", "brn-unclipped", "mabn", "group", "layer", "moving-average")
+EARLY = ("brn-early", "brn-moving-early")
+MOVING = ("brn-moving", "brn-moving-early")
+NORMALIZERS = (
+    "bn",
+    "brn",
+    "brn-tight",
+    "brn-unclipped",
+    *EARLY,
+    *MOVING[:1],
+    "mabn",
+    "group",
+    "layer",
+    "moving-average",
+)
 
 
 class MovingAverageNorm(nn.Module):
@@ -78,11 +91,12 @@ def normalize(
 
     Args:
         model: with `nn.BatchNorm1d`, `2d` or `3d` anywhere in it.
-        name: "bn"; "brn"; "brn-moving" (``gradient="moving"``); "brn-tight" (limits 1.5 and 0.5); "brn-unclipped" (no
-            limits, from step 0); "mabn", which has its own constants; "group", GroupNorm of at most 32 groups with at
+        name: "bn"; "brn"; "brn-moving" (``gradient="moving"``); "brn-early" and "brn-moving-early" (a
+            `MomentumSchedule` that ends at alpha); "brn-tight" (limits 1.5 and 0.5); "brn-unclipped" (no limits, from
+            step 0); "mabn", which has its own constants; "group", GroupNorm of at most 32 groups with at
             least 8 channels each; "layer", over all of a sample; or "moving-average".
         alpha: weight of the new value in the averages.
-        clip: limits of "brn" and "brn-moving".
+        clip: limits of "brn", "brn-moving" and the early ones.
         group: samples that "bn", "brn" and "mabn" normalise together, and whose mu and sigma "moving-average" averages;
             None is the minibatch. The others do not look at neighbours.
         learn_gamma: False fixes the scale at 1, as in the paper, where the next layer can absorb it.
@@ -100,14 +114,15 @@ def normalize(
         # r = 1 and d = 0 are batch norm, bitwise: both arms run the same code.
         "bn": ClipSchedule.constant(1.0, 0.0),
         "brn": clip,
-        "brn-moving": clip,
+        **dict.fromkeys((*MOVING, *EARLY), clip),
         # Wu & He 2018, section 4.1, who found them best for groups of 4.
         "brn-tight": replace(clip, r_max=1.5, d_max=0.5),
         "brn-unclipped": ClipSchedule.constant(float("inf"), float("inf")),
     }
     if name in clips:
-        gradient = "moving" if name == "brn-moving" else "microbatch"
-        convert_batchnorm(model, clip=clips[name], momentum=alpha, microbatch_size=group, gradient=gradient)
+        gradient = "moving" if name in MOVING else "microbatch"
+        momentum = MomentumSchedule(alpha) if name in EARLY else alpha
+        convert_batchnorm(model, clip=clips[name], momentum=momentum, microbatch_size=group, gradient=gradient)
     else:
         for parent in list(model.modules()):
             for child, layer in parent.named_children():
