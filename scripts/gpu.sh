@@ -19,7 +19,7 @@ while (($#)); do
     *) stages+=("$1"); shift ;;
   esac
 done
-((${#stages[@]})) || stages=(facts tests benchmarks experiments)
+((${#stages[@]})) || stages=(facts tests benchmarks experiments small_batches)
 device=cuda
 [[ $toy ]] && device=cpu
 mkdir -p "$out"
@@ -45,8 +45,8 @@ benchmarks() {
   fi
 }
 
-experiments() {
-  local preset=tiny-imagenet options=(--data "$data" --device "$device" --workers 4)
+reproduce() {
+  local preset=$1 options=(--data "$data" --device "$device" --workers 4)
   [[ $toy ]] && preset=smoke options=(--steps 8 --evaluations 2 --seeds 1 --workers 0)
   "$python" -m batchrenorm.paper.cli reproduce "$preset" --runs "$out/runs" "${options[@]}"
   local status=$?
@@ -54,11 +54,15 @@ experiments() {
   return $status
 }
 
-export -f facts tests benchmarks experiments
+experiments() { reproduce tiny-imagenet; }
+
+small_batches() { reproduce small-batch-resnet && reproduce small-batch-inception; }
+
+export -f facts tests benchmarks reproduce experiments small_batches
 export out data toy device python
 failed=0
 for stage in "${stages[@]}"; do
-  declare -F "$stage" >/dev/null || { echo "gpu.sh: expected a stage, facts, tests, benchmarks or experiments, got $stage" >&2; exit 2; }
+  declare -F "$stage" >/dev/null || { echo "gpu.sh: expected a stage, facts, tests, benchmarks, experiments or small_batches, got $stage" >&2; exit 2; }
   echo "== $stage, at most $limit s"
   began=$SECONDS
   # TERM first: the experiments write their checkpoints then.

@@ -6,8 +6,8 @@ python scripts/small_batch.py PRESET test     # every arm at its learning rate, 
 python scripts/small_batch.py PRESET robust   # moving gradients in groups of 4, seeds 0 to 9, two rates 4 times apart
 python scripts/small_batch.py PRESET map      # learning rate x samples normalised together, seeds 100 and 101
 
-PRESET is small-batch or small-batch-conv, --data DIR where Omniglot lies. Each stage goes on where it was stopped;
-what is committed as .xz has to be unpacked for that.
+PRESET is small-batch, small-batch-conv or small-batch-fashion, --data DIR where the images lie. A stage goes
+on where it was stopped; what is committed as .xz has to be unpacked for that.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TUNING_SEEDS = (100, 101)
 GUESSING = 1.0  # percent; a rate at which the first seed learns nothing is not tried with the second
 # What answers the question comes first, should the time not suffice.
 ORDER = ("groups-4", "whole", "groups-2", "groups-8", "one-label", "pairs", "groups-1")
-ROBUST = {"small-batch": (0.1, 0.4), "small-batch-conv": (0.025, 0.1)}
+ROBUST = {"small-batch": (0.1, 0.4), "small-batch-conv": (0.025, 0.1), "small-batch-fashion": (0.05, 0.2)}
 MAP_REGIMES = ("groups-4", "groups-2", "groups-8", "whole")
 
 Job = tuple[Arm, int]

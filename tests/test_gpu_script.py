@@ -31,7 +31,7 @@ def test_every_stage_runs_and_leaves_its_results(tmp_path: Path) -> None:
         pytest.importorskip(module, reason="needs the extra: pip install 'batchrenorm[paper]'")
     # The benchmarks want the peers of the extra 'bench'.
     peers = importlib.util.find_spec("torchrl") is not None and importlib.util.find_spec("sb3_contrib") is not None
-    stages = ["facts", "tests", *(["benchmarks"] if peers else []), "experiments"]
+    stages = ["facts", "tests", *(["benchmarks"] if peers else []), "experiments", "small_batches"]
     done = run(tmp_path, *stages)
     assert done.returncode == 0, done.stdout
     facts = json.loads((tmp_path / "facts.json").read_text())

@@ -6,7 +6,13 @@ from dataclasses import replace
 
 from .experiment import Arm, Curve, Figure, Labels, Measure, Prediction, Preset, Row
 from .models import Mlp, SmallInception, Torchvision
-from .small_batch import small_batch, small_batch_conv
+from .small_batch import (
+    small_batch,
+    small_batch_conv,
+    small_batch_fashion,
+    small_batch_inception,
+    small_batch_resnet,
+)
 
 _BN, _BRN, _GREEN, _PURPLE, _GREY = "#2f7ed8", "#e0702c", "#3f9d5a", "#9a63c4", "#8a8a8a"
 
@@ -470,6 +476,7 @@ PRESETS = {
     preset.name: preset
     for preset in (
         *(digits, smoke, omniglot, fashion_mnist, tiny_imagenet, imagefolder, imagenet),
-        *(small_batch, small_batch_conv),
+        *(small_batch, small_batch_conv, small_batch_fashion),
+        *(small_batch_resnet, small_batch_inception),
     )
 }

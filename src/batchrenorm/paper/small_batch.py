@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .experiment import Arm, Labels, Measure, Prediction, Preset, Row
-from .models import Mlp, PlainConv
+from .models import Mlp, PlainConv, SmallInception, Torchvision
 
 _RENORM = ("bn", "brn", "brn-early", "brn-moving", "brn-moving-early")
+_GROUPED = (*_RENORM, "brn-tight", "mabn")
 TITLES = {
     "bn": "BN",
     "brn": "BRN",
@@ -22,22 +23,24 @@ TITLES = {
 _SIXTEEN_PAIRS, _EIGHT_FOURS = Labels(labels=16, images=2), Labels(labels=8, images=4)
 
 
-def regimes(*groups: int) -> dict[str, tuple[int | None, Labels | None, tuple[str, ...]]]:
-    """By name: samples normalised together, sampling, normalisers."""
-    return {
-        "whole": (None, None, (*_RENORM, "group", "layer")),
-        **{f"groups-{n}": (n, None, (*_RENORM, *(["brn-tight"] if n == 4 else []), "mabn")) for n in groups},
-        "pairs": (None, _SIXTEEN_PAIRS, _RENORM),
-        "one-label": (4, _EIGHT_FOURS, _RENORM),
-    }
+# By name: samples normalised together, sampling, normalisers.
+REGIMES: dict[str, tuple[int | None, Labels | None, tuple[str, ...]]] = {
+    "whole": (None, None, (*_RENORM, "group", "layer")),
+    "groups-8": (8, None, _GROUPED),
+    "groups-4": (4, None, _GROUPED),
+    "groups-2": (2, None, _GROUPED),
+    "groups-1": (1, None, _GROUPED),  # not in a dense net, where that is one value a channel
+    "pairs": (None, _SIXTEEN_PAIRS, _RENORM),
+    "one-label": (4, _EIGHT_FOURS, _RENORM),
+}
 
 
 def describe(arm: Arm) -> str:
     """What is normalised together, for a table."""
     if arm.regime == "whole":
-        return "all 32"
+        return "the minibatch"
     if arm.regime == "pairs":
-        return "all 32, 16 labels × 2"
+        return "the minibatch, 16 labels × 2"
     if arm.regime == "one-label":
         return "groups of 4, one label each"
     return f"groups of {arm.group}"
@@ -45,7 +48,11 @@ def describe(arm: Arm) -> str:
 
 # The learning rate of each arm: that of the best mean accuracy on validation images over seeds 100 and 101, the same
 # candidates for every arm. Written by `scripts/small_batch.py choose` from the committed tuning rows.
-CANDIDATES = {"small-batch": (0.05, 0.1, 0.2, 0.4), "small-batch-conv": (0.025, 0.05, 0.1, 0.2)}
+CANDIDATES = {
+    "small-batch": (0.05, 0.1, 0.2, 0.4),
+    "small-batch-conv": (0.025, 0.05, 0.1, 0.2),
+    "small-batch-fashion": (0.025, 0.05, 0.1, 0.2),
+}
 # MABN's convolutional net does not start at these, its last ReLUs die; so it has more than the others.
 _LOWER = {("small-batch-conv", "mabn"): (0.00625, 0.0125)}
 
@@ -88,19 +95,19 @@ CHOSEN: dict[str, dict[str, float]] = {
 }
 
 
-def _arms(name: str, *groups: int) -> tuple[Arm, ...]:
+def _arms(name: str, *names: str) -> tuple[Arm, ...]:
     return tuple(
         Arm(
             regime,
             normalizer,
             group,
             labels,
-            CHOSEN[name].get(f"{regime}/{normalizer}"),
+            CHOSEN.get(name, {}).get(f"{regime}/{normalizer}"),
             # In a dense net two samples have no gradient through batch norm, which every warm-up is, and a group of one
             # label betrays it: to fail there is a result.
             may_diverge=regime in ("groups-1", "groups-2", "one-label"),
         )
-        for regime, (group, labels, normalizers) in regimes(*groups).items()
+        for regime, (group, labels, normalizers) in ((key, REGIMES[key]) for key in names)
         for normalizer in normalizers
     )
 
@@ -145,18 +152,17 @@ def _predictions(full: float, moving: float, early_of_two: float) -> tuple[Predi
     )
 
 
-def _preset(name: str, groups: tuple[int, ...], full: float, moving: float, early_of_two: float, steps: int) -> Preset:
-    arms = _arms(name, *groups)
+def _preset(name: str, *names: str, steps: int) -> Preset:
+    arms = _arms(name, *names)
     return Preset(
         name=name,
-        about="",
+        about="Normalisers for tiny microbatches, dense layers",
         scale="",
         data="omniglot",
         model=Mlp(depth=4, width=128),
-        image_size=15,
         batch_size=32,
         steps=steps,
-        learning_rate=0.1,  # where an arm has none yet
+        learning_rate=0.1,  # where an arm has none of its own
         warmup=steps // 20,
         weight_decay=0.0,
         alpha=20 / steps,
@@ -166,15 +172,8 @@ def _preset(name: str, groups: tuple[int, ...], full: float, moving: float, earl
         arms=arms,
         rows=_rows(arms),
         figures=(),
-        predictions=_predictions(full, moving, early_of_two),
-        chosen=(
-            "Each arm's learning rate was chosen among "
-            f"{', '.join(f'{rate:g}' for rate in CANDIDATES[name])} (MABN's convolutional net has two lower ones "
-            "besides, as it does not start at these) by the mean accuracy on validation images over two "
-            "seeds that are not among those of the results. Nets, images and steps are those of an earlier study "
-            "(LOG.md), chosen for showing what small groups cost. The predictions stood before the first run, those of "
-            "the early schedules before theirs."
-        ),
+        predictions=(),
+        chosen="",
         device="cpu",
         caveats=(
             "Small nets, and a gradient of 32 samples in every arm: what differs is what is normalised together.",
@@ -184,17 +183,68 @@ def _preset(name: str, groups: tuple[int, ...], full: float, moving: float, earl
     )
 
 
+def _how_chosen(name: str, more: str = "") -> str:
+    return (
+        f"Each arm's learning rate was chosen among {', '.join(f'{rate:g}' for rate in CANDIDATES[name])}{more} by the "
+        "mean accuracy on validation images over two seeds that are not among those of the results. "
+    )
+
+
+_NETS = (
+    "Nets, images and steps are those of an earlier study (LOG.md), chosen for showing what small groups cost. The "
+    "predictions stood before the first run, those of the early schedules before theirs."
+)
+
 small_batch = replace(
-    _preset("small-batch", (8, 4, 2), full=7.0, moving=5.0, early_of_two=5.0, steps=3000),
-    about="Normalisers for tiny microbatches, dense layers",
+    _preset("small-batch", "whole", "groups-8", "groups-4", "groups-2", "pairs", "one-label", steps=3000),
     scale="A net of 4 dense layers, minibatches of 32, 3,000 steps; Omniglot at 15 pixels.",
+    image_size=15,
+    predictions=_predictions(full=7.0, moving=5.0, early_of_two=5.0),
+    chosen=_how_chosen("small-batch") + _NETS,
 )
 
 small_batch_conv = replace(
-    _preset("small-batch-conv", (8, 4, 2, 1), full=5.0, moving=3.0, early_of_two=2.0, steps=2000),
+    _preset("small-batch-conv", *REGIMES, steps=2000),
     about="Normalisers for tiny microbatches, convolutions on maps of 2 x 2",
     scale="7 convolutions, 4 of them on 2 × 2 pixels, minibatches of 32, 2,000 steps; Omniglot at 14 pixels.",
     # 14, 7, 4, 2 pixels: a sample has 4 values a channel in the last five normalisers.
     model=PlainConv(widths=(32,) + (64,) * 6, strides=(2, 2, 2, 1, 1, 1, 1)),
     image_size=14,
+    predictions=_predictions(full=5.0, moving=3.0, early_of_two=2.0),
+    chosen=_how_chosen("small-batch-conv", " (MABN's has two lower ones besides, as it does not start at these)")
+    + _NETS,
+)
+
+small_batch_fashion = replace(
+    _preset("small-batch-fashion", "whole", "groups-4", "groups-2", "one-label", steps=3000),
+    scale="A net of 4 dense layers, minibatches of 32, 3,000 steps; Fashion-MNIST.",
+    data="fashion-mnist",
+    chosen=_how_chosen("small-batch-fashion"),
+)
+
+# For a GPU. ResNet-18 ends in maps of 2 x 2, 4 values a channel of each sample, the small Inception in 8 x 8.
+small_batch_resnet = replace(
+    _preset("small-batch-resnet", "whole", "groups-4", "groups-2", steps=6000),
+    about="Normalisers for tiny microbatches, ResNet-18 on photographs of 64 pixels",
+    scale="ResNet-18, minibatches of 128, 6,000 steps, on Tiny ImageNet.",
+    data="tiny-imagenet",
+    model=Torchvision("resnet18"),
+    batch_size=128,
+    weight_decay=5e-4,
+    evaluation_items=5000,
+    seeds=3,
+    augment=True,
+    precision="bfloat16",
+    channels_last=True,
+    device=None,
+    chosen="Not yet run: usual settings, the same for every arm.",
+    caveats=(),
+)
+
+small_batch_inception = replace(
+    small_batch_resnet,
+    name="small-batch-inception",
+    about="Normalisers for tiny microbatches, a small Inception on photographs of 64 pixels",
+    scale="A small Inception, minibatches of 128, 6,000 steps, on Tiny ImageNet.",
+    model=SmallInception(width=64),
 )
