@@ -67,6 +67,7 @@ def test_gradients_equal_eager_while_the_limits_move(backend: str, channels_last
         {"affine": False},
         {"track_running_stats": False},
         {"momentum": None},
+        {"momentum": brn.MomentumSchedule(0.1, 0.7)},
     ],
     ids=str,
 )

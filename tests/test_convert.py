@@ -115,6 +115,14 @@ def test_a_layer_there_and_back(case: str, training: bool, dtype: torch.dtype, o
     assert back.__dict__.keys() == original.__dict__.keys()
 
 
+def test_batch_norm_gets_the_weight_that_a_schedule_ends_at() -> None:
+    schedule = brn.MomentumSchedule(0.02)
+    layer = brn.convert_batchnorm(nn.BatchNorm1d(3), momentum=schedule)
+    assert layer.momentum == schedule
+    assert brn.to_batchnorm(layer).momentum == 0.02
+    layer.train()(torch.randn(4, 3))
+
+
 def _assert_same(layer: nn.Module, original: nn.Module, tensors: dict[str, Tensor]) -> None:
     now = dict(layer.named_parameters()) | dict(layer.named_buffers())
     assert now.keys() == tensors.keys()

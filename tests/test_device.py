@@ -146,6 +146,19 @@ def test_no_synchronisation(device: torch.device, gradient: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("momentum", [None, brn.MomentumSchedule(0.05, 0.25)], ids=str)
+def test_weights_of_the_averages_are_those_of_the_step(device: torch.device, momentum: brn.MomentumSchedule) -> None:
+    layer, other = layer_of(4, device), layer_of(4, device)
+    layer.momentum = momentum
+    schedule = brn.MomentumSchedule(0.0, 1.0) if momentum is None else momentum
+    for t in range(12):
+        other.momentum = schedule(t)
+        x = torch.randn(8, 4, 5, 5, device=device) + t
+        torch.testing.assert_close(layer(x), other(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(layer.running_mean, other.running_mean, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(layer.running_var, other.running_var, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_captured_step_equals_eager_step(device: torch.device, gradient: str) -> None:
     if device.type != "cuda":

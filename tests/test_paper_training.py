@@ -166,6 +166,15 @@ def test_a_training_interrupted_after_every_step_is_the_uninterrupted_one(
     assert {record["step"] for record in records} == {round(preset.steps * k / 3) for k in (1, 2, 3)}
 
 
+def test_groups_of_a_label_that_validation_images_do_not_suffice_for(images: paper_data.Data) -> None:
+    """200 validation images are about 20 of each digit: they are judged by the averages alone."""
+    for wanted, statistics in ((16, {"averages", "batch"}), (32, {"averages"})):
+        arm = Arm("one-label", "brn", labels=Labels(labels=32 // wanted, images=wanted), group=16)
+        found = train(replace(SMALL, arms=(arm,), model=Conv4(8)), images, arm=arm)
+        assert {r["statistics"] for r in found if r["split"] == "val"} == statistics
+        assert {r["statistics"] for r in found if r["split"] == "train"} == {"averages", "training"}
+
+
 def test_what_differs_shows(digits: paper_data.Data, tmp_path: Path) -> None:
     """The comparison above sees a difference of one bit, and other settings give other numbers."""
     for name, learning_rate in (("a", 0.1), ("b", 0.1000001)):

@@ -463,6 +463,20 @@ BUGS = [
         SHARED + "test_whoever_reads_waits",
     ),
     Bug(
+        "averages that look back over all of the training, whatever the window",
+        "schedule.py",
+        "1.0 / (step * self.window + 1.0)",
+        "1.0 / (step + 1.0)",
+        STATE + "test_averages_look_back_over_a_part_of_the_training",
+    ),
+    Bug(
+        "batch norm with a schedule for its momentum",
+        "convert.py",
+        "if isinstance(module.momentum, MomentumSchedule):",
+        "if False:",
+        "test_convert.py::test_batch_norm_gets_the_weight_that_a_schedule_ends_at",
+    ),
+    Bug(
         "recalibration by the old averages",
         "calibrate.py",
         "m.momentum, m.clip = None, ClipSchedule.constant(1.0, 0.0)",

@@ -221,6 +221,18 @@ def test_cumulative_mean() -> None:
     torch.testing.assert_close(averages.mean.cpu(), torch.stack(xs).mean((0, 1, 3, 4)), rtol=1e-5, atol=1e-6)
 
 
+def test_momentum_schedule() -> None:
+    """The kernel reads the step itself; the truth is given each weight as a number."""
+    schedule = brn.MomentumSchedule(0.05, 0.25)
+    found, expected = Averages(4, torch.float32), Averages(4, torch.float32)
+    for t in (0, 1, 2, 75, 76, 80, 2**40):
+        x = torch.randn(6, 4, 5, 5) + t % 7
+        run(x, x, found, None, None, t, alpha=schedule)
+        run(x, x, expected, None, None, t, alpha=schedule(t))
+        torch.testing.assert_close(found.mean, expected.mean, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found.var, expected.var, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_large_offset(layout: str) -> None:
     """Mean / std = 1e4: the exact sums of squares would need twice float32's digits."""
