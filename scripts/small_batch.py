@@ -1,6 +1,7 @@
 """The experiments of docs/small-batches.md: tuning, test, robustness, stability map.
 
-python scripts/small_batch.py PRESET tune     # every arm at every candidate, seeds 100 and 101, validation images
+python scripts/small_batch.py PRESET tune     # every arm at every candidate, seeds 100 and 101, validation images;
+                                              # then at halves of the lowest while that is the best
 python scripts/small_batch.py PRESET choose   # prints what the tuning chose, for batchrenorm/paper/small_batch.py
 python scripts/small_batch.py PRESET test     # every arm at its learning rate, seeds 0 to 4, test images at the end
 python scripts/small_batch.py PRESET robust   # moving gradients in groups of 4, seeds 0 to 9, two rates 4 times apart
@@ -24,7 +25,7 @@ from batchrenorm.paper import runs
 from batchrenorm.paper.experiment import Arm, Preset
 from batchrenorm.paper.normalizers import MOVING
 from batchrenorm.paper.presets import PRESETS
-from batchrenorm.paper.small_batch import CANDIDATES, candidates
+from batchrenorm.paper.small_batch import CANDIDATES
 from batchrenorm.paper.summary import is_final
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -36,17 +37,46 @@ ROBUST = {"small-batch": (0.1, 0.4), "small-batch-conv": (0.025, 0.1), "small-ba
 MAP_REGIMES = ("groups-4", "groups-2", "groups-8", "whole")
 
 Job = tuple[Arm, int]
+Records = list[dict[str, Any]]
 
 
-def tuning(preset: Preset) -> Iterator[Job]:
-    """Every arm at every candidate."""
+def tuning(preset: Preset, records: Records) -> Iterator[Job]:
+    """Every arm at every candidate, and at halves of the lowest for as long as the lowest is the best.
+
+    `records` are what has been found by the time that the next is asked for.
+    """
     for arm in sorted(preset.arms, key=lambda arm: ORDER.index(arm.regime)):
-        for seed in TUNING_SEEDS:
-            for rate in candidates(preset.name, arm):
-                yield replace(arm, learning_rate=rate), seed
+        rates = list(CANDIDATES[preset.name])
+        while rates:
+            for seed in TUNING_SEEDS:
+                for rate in rates:
+                    yield replace(arm, learning_rate=rate), seed
+            best = best_rate(records, arm)
+            lower = [best / 2] if best is not None and best == min(validation(records, arm)) else []
+            # The same again: whoever asks for the jobs has left these out.
+            rates = lower if rates != lower else []
 
 
-def test(preset: Preset) -> Iterator[Job]:
+def validation(records: Records, arm: Arm) -> dict[float, list[float]]:
+    """Accuracies in the end, for each learning rate that was tried; GUESSING, where it was with the first seed only."""
+    found: dict[float, list[float]] = {}
+    for r in records:
+        if r["arm"] == arm.name and (r["split"], r["statistics"]) == ("val", "averages"):
+            found.setdefault(r["config"]["learning_rate"], []).append(r["accuracy"])
+    return found
+
+
+def best_rate(records: Records, arm: Arm) -> float | None:
+    """The learning rate of the best mean; None if none was tried with every seed."""
+    means = {
+        rate: statistics.fmean(values)
+        for rate, values in validation(records, arm).items()
+        if len(values) == len(TUNING_SEEDS)
+    }
+    return max(means, key=lambda rate: means[rate]) if means else None
+
+
+def test(preset: Preset, records: Records) -> Iterator[Job]:
     """Every arm that has a learning rate."""
     for arm in sorted(preset.arms, key=lambda arm: ORDER.index(arm.regime)):
         if arm.learning_rate is not None:
@@ -54,7 +84,7 @@ def test(preset: Preset) -> Iterator[Job]:
                 yield arm, seed
 
 
-def robust(preset: Preset) -> Iterator[Job]:
+def robust(preset: Preset, records: Records) -> Iterator[Job]:
     """One default setting, ten seeds, two learning rates."""
     for seed in range(10):
         for rate in ROBUST[preset.name]:
@@ -62,7 +92,7 @@ def robust(preset: Preset) -> Iterator[Job]:
                 yield replace(preset.arm(f"groups-4/{normalizer}"), learning_rate=rate), seed
 
 
-def stability(preset: Preset) -> Iterator[Job]:
+def stability(preset: Preset, records: Records) -> Iterator[Job]:
     """Where it trains, up to 8 times the rate chosen for groups of 4."""
     best = preset.arm("groups-4/brn-moving").learning_rate
     assert best is not None
@@ -88,7 +118,7 @@ def path(preset: str, stage: str, results: Path = RESULTS) -> Path:
     return results / preset / f"{STAGES[stage][1]}.jsonl"
 
 
-def kept(found: list[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
+def kept(found: Records, stage: str) -> Records:
     """All of a test; of the others the end, and of tuning and map nothing of test images."""
     if stage == "test":
         return found
@@ -101,7 +131,7 @@ def run(preset: Preset, stage: str, data: Path | None, results_in: Path, only: t
     file = path(preset.name, stage, results_in)
     file.parent.mkdir(parents=True, exist_ok=True)
     results = runs.Results(file)
-    for arm, seed in STAGES[stage][0](preset):
+    for arm, seed in STAGES[stage][0](preset, results.records):
         # A loss that is not finite is an answer here.
         arm = replace(arm, may_diverge=True)
         job = (arm.name, runs.config_hash(preset, arm), seed)
@@ -132,17 +162,16 @@ def run(preset: Preset, stage: str, data: Path | None, results_in: Path, only: t
 
 
 def choose(preset: Preset) -> dict[str, float]:
-    """The candidate of the best mean accuracy on validation images, of each arm that was tuned in full."""
+    """The learning rate of the best mean accuracy on validation images, of each arm that was tuned in full."""
     chosen: dict[str, float] = {}
     records = runs.Results(path(preset.name, "tune")).records
     for arm in preset.arms:
-        rates = candidates(preset.name, arm)
-        found: dict[float, list[float]] = {rate: [] for rate in rates}
-        for r in records:
-            if r["arm"] == arm.name and (r["split"], r["statistics"]) == ("val", "averages"):
-                found[r["config"]["learning_rate"]].append(r["accuracy"])
-        if all(len(values) == len(TUNING_SEEDS) or (values and values[0] < GUESSING) for values in found.values()):
-            chosen[arm.name] = max(rates, key=lambda rate: statistics.fmean(found[rate]))
+        found, best = validation(records, arm), best_rate(records, arm)
+        full = set(CANDIDATES[preset.name]) <= found.keys() and all(
+            len(values) == len(TUNING_SEEDS) or values[0] < GUESSING for values in found.values()
+        )
+        if full and best is not None and best != min(found):
+            chosen[arm.name] = best
     return chosen
 
 
