@@ -6,6 +6,7 @@ python scripts/small_batch.py PRESET choose   # prints what the tuning chose, fo
 python scripts/small_batch.py PRESET test     # every arm at its learning rate, seeds 0 to 4, test images at the end
 python scripts/small_batch.py PRESET robust   # moving gradients in groups of 4, seeds 0 to 9, two rates 4 times apart
 python scripts/small_batch.py PRESET map      # learning rate x samples normalised together, seeds 100 and 101
+python scripts/small_batch.py PRESET share    # the same x the share of the microbatch's own gradient, early schedules
 
 PRESET is small-batch, small-batch-conv or small-batch-fashion, --data DIR where the images lie. A stage goes
 on where it was stopped; what is committed as .xz has to be unpacked for that.
@@ -14,13 +15,16 @@ on where it was stopped; what is committed as .xz has to be unpacked for that.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
+from batchrenorm import ClipSchedule
 from batchrenorm.paper import runs
 from batchrenorm.paper.experiment import Arm, Preset
 from batchrenorm.paper.normalizers import MOVING
@@ -34,10 +38,18 @@ GUESSING = 1.0  # percent; a rate at which the first seed learns nothing is not 
 # What answers the question comes first, should the time not suffice.
 ORDER = ("groups-4", "whole", "groups-2", "groups-8", "one-label", "pairs", "groups-1")
 ROBUST = {"small-batch": (0.1, 0.4), "small-batch-conv": (0.025, 0.1), "small-batch-fashion": (0.05, 0.2)}
+SHARES = (0.1, 0.3, 0.6)
 MAP_REGIMES = ("groups-4", "groups-2", "groups-8", "whole")
 
-Job = tuple[Arm, int]
 Records = list[dict[str, Any]]
+
+
+class Job(NamedTuple):
+    """One training."""
+
+    arm: Arm
+    seed: int
+    own: float | None = None  # share of the microbatch's own gradient that stays for ever; None is the layer's 0
 
 
 def tuning(preset: Preset, records: Records) -> Iterator[Job]:
@@ -50,7 +62,7 @@ def tuning(preset: Preset, records: Records) -> Iterator[Job]:
         while rates:
             for seed in TUNING_SEEDS:
                 for rate in rates:
-                    yield replace(arm, learning_rate=rate), seed
+                    yield Job(replace(arm, learning_rate=rate), seed)
             best = best_rate(records, arm)
             lower = [best / 2] if best is not None and best == min(validation(records, arm)) else []
             # The same again: whoever asks for the jobs has left these out.
@@ -81,7 +93,7 @@ def test(preset: Preset, records: Records) -> Iterator[Job]:
     for arm in sorted(preset.arms, key=lambda arm: ORDER.index(arm.regime)):
         if arm.learning_rate is not None:
             for seed in range(preset.seeds):
-                yield arm, seed
+                yield Job(arm, seed)
 
 
 def robust(preset: Preset, records: Records) -> Iterator[Job]:
@@ -89,7 +101,7 @@ def robust(preset: Preset, records: Records) -> Iterator[Job]:
     for seed in range(10):
         for rate in ROBUST[preset.name]:
             for normalizer in MOVING:
-                yield replace(preset.arm(f"groups-4/{normalizer}"), learning_rate=rate), seed
+                yield Job(replace(preset.arm(f"groups-4/{normalizer}"), learning_rate=rate), seed)
 
 
 def stability(preset: Preset, records: Records) -> Iterator[Job]:
@@ -102,7 +114,28 @@ def stability(preset: Preset, records: Records) -> Iterator[Job]:
         for regime in MAP_REGIMES:
             for seed in TUNING_SEEDS:
                 for normalizer in (*MOVING, "brn"):
-                    yield replace(preset.arm(f"{regime}/{normalizer}"), learning_rate=rate), seed
+                    yield Job(replace(preset.arm(f"{regime}/{normalizer}"), learning_rate=rate), seed)
+
+
+def share(preset: Preset, records: Records) -> Iterator[Job]:
+    """How much of the moving gradient; none of it is "brn-early", and all "brn-moving-early", which are tuned."""
+    for regime in ("groups-4", "groups-2", "groups-8"):
+        for own in SHARES:
+            for rate in CANDIDATES[preset.name]:
+                for seed in TUNING_SEEDS:
+                    yield Job(replace(preset.arm(f"{regime}/brn-moving-early"), learning_rate=rate), seed, own)
+
+
+@contextlib.contextmanager
+def keeping(own: float) -> Iterator[None]:
+    """`ClipSchedule.own_share` falls to this and not to 0."""
+    falls = ClipSchedule.own_share
+
+    def own_share(schedule: ClipSchedule, step: int) -> float:
+        return own + (1 - own) * falls(schedule, step)
+
+    with mock.patch.object(ClipSchedule, "own_share", own_share):
+        yield
 
 
 STAGES = {
@@ -110,6 +143,7 @@ STAGES = {
     "test": (test, "results"),
     "robust": (robust, "robust"),
     "map": (stability, "map"),
+    "share": (share, "share"),
 }
 
 
@@ -131,13 +165,13 @@ def run(preset: Preset, stage: str, data: Path | None, results_in: Path, only: t
     file = path(preset.name, stage, results_in)
     file.parent.mkdir(parents=True, exist_ok=True)
     results = runs.Results(file)
-    for arm, seed in STAGES[stage][0](preset, results.records):
+    for arm, seed, own in STAGES[stage][0](preset, results.records):
         # A loss that is not finite is an answer here.
         arm = replace(arm, may_diverge=True)
-        job = (arm.name, runs.config_hash(preset, arm), seed)
+        job = (arm.name, runs.config_hash(preset, arm), seed, own)
         if only and arm.name not in only and arm.regime not in only and arm.normalizer not in only:
             continue
-        if any((r["arm"], r["config_hash"], r["seed"]) == job for r in results.records):
+        if any((r["arm"], r["config_hash"], r["seed"], r.get("own")) == job for r in results.records):
             continue
         first = (*job[:2], TUNING_SEEDS[0])
         if stage == "tune" and any(
@@ -145,10 +179,10 @@ def run(preset: Preset, stage: str, data: Path | None, results_in: Path, only: t
             for r in results.records
         ):
             continue
-        with tempfile.TemporaryDirectory() as checkpoints:
+        with tempfile.TemporaryDirectory() as checkpoints, contextlib.nullcontext() if own is None else keeping(own):
             place = runs.Place(Path(checkpoints), root=data)
             found = runs.run_job(preset, arm, seed, place, lambda step, accuracy: None)
-        results.add(kept(found, stage))
+        results.add([r if own is None else {**r, "own": own} for r in kept(found, stage)])
         end = [r for r in found if is_final(r) and (r["split"], r["statistics"]) == ("val", "averages")]
         print(
             preset.name,

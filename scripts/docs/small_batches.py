@@ -171,6 +171,24 @@ def stability(name: str) -> str:
     return "\n".join(lines)
 
 
+def shares(name: str) -> str:
+    """Validation accuracy by the share of the microbatch's own gradient, learning rate and samples together."""
+    found: dict[tuple[float, float, str], list[float]] = {}
+    whole = {"brn-moving-early": 0.0, "brn-early": 1.0}
+    for stage in ("tuning", "share"):
+        for r in records(name, stage):
+            regime, normalizer = r["arm"].split("/")
+            if normalizer in whole and (r["split"], r["statistics"]) == ("val", "averages") and is_final(r):
+                own = r.get("own", whole[normalizer])
+                found.setdefault((own, r["config"]["learning_rate"], regime), []).append(r["accuracy"])
+    regimes = ("groups-2", "groups-4", "groups-8")
+    lines = ["| own share | learning rate | 2 | 4 | 8 |", "|--:|--:|--:|--:|--:|"]
+    for own, rate in sorted({(own, rate) for own, rate, regime in found if regime in regimes}):
+        cells = [_spread(found.get((own, rate, regime), [])) for regime in regimes]
+        lines.append(f"| {own:g} | {rate:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def predictions(name: str) -> str:
     """What was expected, and what came."""
     preset = PRESETS[name]
@@ -179,7 +197,7 @@ def predictions(name: str) -> str:
     return report.markdown_predictions(preset, summarize(preset, rows))
 
 
-TABLES = {"test": table, "predictions": predictions, "tuning": tuned, "robust": robust, "map": stability}
+TABLES = {"test": table, "predictions": predictions, "tuning": tuned, "robust": robust, "map": stability, "share": shares}
 
 
 def page(text: str) -> str:

@@ -163,7 +163,7 @@ class MomentumSchedule:
         >>> [round(schedule(t), 3) for t in (0, 10, 100, 1_000)]
         [1.0, 0.5, 0.091, 0.01]
 
-    Source: not of the paper; LOG.md, "the first tenth".
+    Source: not of the paper; LOG.md, "an early start".
     """
 
     momentum: float = 0.01
