@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import sys
@@ -67,8 +68,38 @@ def test_tables_of_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert preset.config(arm) | versions == r["config"]
     page = small_batches.PAGE.read_text(encoding="utf-8")
     assert small_batches.page(page) == page
-    assert page.count(":begin -->") == 10
+    assert page.count(":begin -->") == 13
     assert page.count("| BRN |") > 10
+
+
+@pytest.mark.parametrize(("peak", "lowest"), [(0.2, 0.05), (0.05, 0.025), (0.03, 0.0125), (0.012, 0.00625)])
+def test_tuning_goes_down_until_the_best_is_not_the_lowest(
+    peak: float, lowest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="the extra 'paper' is not installed")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import small_batch
+
+    from batchrenorm.paper import presets
+
+    preset = presets.small_batch
+    preset = replace(preset, arms=preset.arms[:2])
+    records: list[dict[str, object]] = []
+    for arm, seed, _ in small_batch.tuning(preset, records):
+        rate = arm.learning_rate
+        assert rate is not None
+        records.append({
+            "arm": arm.name, "seed": seed, "split": "val", "statistics": "averages", "config": {"learning_rate": rate},
+            "accuracy": 50 - abs(math.log(rate / peak)),
+        })  # fmt: skip
+        assert len(records) < 99
+    for arm in preset.arms:
+        assert min(small_batch.validation(records, arm)) == lowest
+        best = small_batch.best_rate(records, arm)
+        assert lowest < best < 2 * peak
+    # Whoever leaves an arm out does not wait for ever.
+    del records[: 4 * len(small_batch.TUNING_SEEDS)]
+    assert sum(1 for _ in small_batch.tuning(preset, records)) < 99
 
 
 def test_the_share_of_a_gap_has_the_interval_that_covers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,7 +197,14 @@ def predictions(name: str) -> str:
     return report.markdown_predictions(preset, summarize(preset, rows))
 
 
-TABLES = {"test": table, "predictions": predictions, "tuning": tuned, "robust": robust, "map": stability, "share": shares}
+TABLES = {
+    "test": table,
+    "predictions": predictions,
+    "tuning": tuned,
+    "robust": robust,
+    "map": stability,
+    "share": shares,
+}
 
 
 def page(text: str) -> str:
