@@ -202,8 +202,7 @@ class Preset:
     def config(self, arm: Arm) -> dict[str, Any]:
         """All that an arm's numbers depend on, except the seed, the processor, and how many of them there are."""
         steps = arm.steps or self.steps
-        early = arm.normalizer in EARLY
-        clip = (ClipSchedule.early if early else ClipSchedule.for_training)(steps, self.r_max, self.d_max)
+        clip = EARLY.get(arm.normalizer, ClipSchedule.for_training)(steps, self.r_max, self.d_max)
         return {
             "preset": self.name,
             "data": self.data,
@@ -224,7 +223,7 @@ class Preset:
             "label_smoothing": self.label_smoothing,
             "averaging": self.averaging,
             "alpha": self.alpha,
-            **({"window": MomentumSchedule(self.alpha).window} if early else {}),
+            **({"window": MomentumSchedule(self.alpha).window} if arm.normalizer in EARLY else {}),
             "clip": asdict(clip),
             "learn_gamma": self.learn_gamma,
             "precision": self.precision,

@@ -15,19 +15,17 @@ from ..modules import BatchRenorm
 from ..schedule import ClipSchedule, MomentumSchedule
 from .mabn import Mabn, centre_weights
 
-EARLY = ("brn-early", "brn-moving-early")
-MOVING = ("brn-moving", "brn-moving-early")
+# Beyond the paper: with a `MomentumSchedule`, and limits that open within a tenth of the training, or at once.
+EARLY = {
+    "brn-early": ClipSchedule.early,
+    "brn-moving-early": ClipSchedule.early,
+    "brn-moving-open": lambda steps, r_max, d_max: ClipSchedule.constant(r_max, d_max),
+}
+MOVING = ("brn-moving", "brn-moving-early", "brn-moving-open")
 NORMALIZERS = (
-    "bn",
-    "brn",
-    "brn-tight",
-    "brn-unclipped",
-    *EARLY,
-    *MOVING[:1],
-    "mabn",
-    "group",
-    "layer",
-    "moving-average",
+    *("bn", "brn", "brn-early", "brn-tight", "brn-unclipped"),
+    *MOVING,
+    *("mabn", "group", "layer", "moving-average"),
 )
 
 
@@ -91,8 +89,8 @@ def normalize(
 
     Args:
         model: with `nn.BatchNorm1d`, `2d` or `3d` anywhere in it.
-        name: "bn"; "brn"; "brn-moving" (``gradient="moving"``); "brn-early" and "brn-moving-early" (a
-            `MomentumSchedule` that ends at alpha); "brn-tight" (limits 1.5 and 0.5); "brn-unclipped" (no limits, from
+        name: "bn"; "brn"; "brn-moving" (``gradient="moving"``); "brn-early", "brn-moving-early", "brn-moving-open" (with
+            a `MomentumSchedule` that ends at alpha); "brn-tight" (limits 1.5 and 0.5); "brn-unclipped" (no limits, from
             step 0); "mabn", which has its own constants; "group", GroupNorm of at most 32 groups with at
             least 8 channels each; "layer", over all of a sample; or "moving-average".
         alpha: weight of the new value in the averages.

@@ -16,6 +16,7 @@ TITLES = {
     "brn-early": "BRN, early",
     "brn-moving": 'BRN, `gradient="moving"`',
     "brn-moving-early": 'BRN, `gradient="moving"`, early',
+    "brn-moving-open": 'BRN, `gradient="moving"`, early, open at once',
     "mabn": "MABN",
     "group": "GroupNorm",
     "layer": "LayerNorm",
@@ -28,7 +29,7 @@ REGIMES: dict[str, tuple[int | None, Labels | None, tuple[str, ...]]] = {
     "whole": (None, None, (*_RENORM, "group", "layer")),
     "groups-8": (8, None, _GROUPED),
     "groups-4": (4, None, _GROUPED),
-    "groups-2": (2, None, _GROUPED),
+    "groups-2": (2, None, (*_GROUPED, "brn-moving-open")),
     "groups-1": (1, None, _GROUPED),  # not in a dense net, where that is one value a channel
     "pairs": (None, _SIXTEEN_PAIRS, _RENORM),
     "one-label": (4, _EIGHT_FOURS, _RENORM),
