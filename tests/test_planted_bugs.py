@@ -467,7 +467,7 @@ BUGS = [
         "schedule.py",
         "1.0 / (step * self.window + 1.0)",
         "1.0 / (step + 1.0)",
-        STATE + "test_averages_look_back_over_a_part_of_the_training",
+        STATE + "test_momentum_schedule",
     ),
     Bug(
         "batch norm with a schedule for its momentum",

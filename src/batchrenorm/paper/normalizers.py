@@ -89,9 +89,9 @@ def normalize(
 
     Args:
         model: with `nn.BatchNorm1d`, `2d` or `3d` anywhere in it.
-        name: "bn"; "brn"; "brn-moving" (``gradient="moving"``); "brn-early", "brn-moving-early", "brn-moving-open" (with
-            a `MomentumSchedule` that ends at alpha); "brn-tight" (limits 1.5 and 0.5); "brn-unclipped" (no limits, from
-            step 0); "mabn", which has its own constants; "group", GroupNorm of at most 32 groups with at
+        name: "bn"; "brn"; "brn-moving" (``gradient="moving"``); "brn-early", "brn-moving-early", "brn-moving-open"
+            (with a `MomentumSchedule` that ends at alpha); "brn-tight" (limits 1.5 and 0.5); "brn-unclipped" (no
+            limits, from step 0); "mabn", which has its own constants; "group", GroupNorm of at most 32 groups with at
             least 8 channels each; "layer", over all of a sample; or "moving-average".
         alpha: weight of the new value in the averages.
         clip: limits of "brn", "brn-moving" and the early ones.
