@@ -25,7 +25,14 @@ from batchrenorm.paper.sampling import plan
 
 STEPS = 600
 SETTINGS = [(2, 8, 0.01), (2, 8, 0.05), (2, 32, 0.01), (2, 32, 0.05), (4, 8, 0.01), (4, 8, 0.05), (4, 32, 0.05)]
-ARMS = ("bn", "brn", "moving")
+# By name: limits, gradient, weight of the new value in the averages.
+ARMS = {
+    "bn": (brn.ClipSchedule.constant(1.0, 0.0), "microbatch", 0.01),
+    "brn": (brn.ClipSchedule.constant(), "microbatch", 0.01),
+    "moving": (brn.ClipSchedule.constant(), "moving", 0.01),
+    "brn, 0.1": (brn.ClipSchedule.constant(), "microbatch", 0.1),
+    "moving, 0.1": (brn.ClipSchedule.constant(), "moving", 0.1),
+}
 
 
 def train(net: nn.Module, pairs: data.Data, rate: float, minibatch: int, seed: int) -> float:
@@ -54,11 +61,9 @@ def main() -> None:
         before = train(trained, pairs, 0.1, 32, seed)
         for group, minibatch, rate in SETTINGS:
             found = {}
-            for arm in ARMS:
+            for arm, (clip, gradient, momentum) in ARMS.items():
                 net = copy.deepcopy(trained)
-                clip = brn.ClipSchedule.constant(1.0, 0.0) if arm == "bn" else brn.ClipSchedule.constant()
-                gradient = "moving" if arm == "moving" else "microbatch"
-                brn.convert_batchnorm(net, clip=clip, microbatch_size=group, gradient=gradient)
+                brn.convert_batchnorm(net, clip=clip, microbatch_size=group, gradient=gradient, momentum=momentum)
                 found[arm] = train(net, pairs, rate, minibatch, seed + 100)
             row = {"seed": seed, "group": group, "minibatch": minibatch, "learning_rate": rate, "before": before}
             print(json.dumps(row | found), flush=True)
