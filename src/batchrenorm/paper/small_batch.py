@@ -139,6 +139,12 @@ CHOSEN: dict[str, dict[str, float]] = {
         "groups-4/brn-moving-early": 0.025,
         "groups-2/bn": 0.025,
         "groups-2/brn": 0.025,
+        "groups-2/brn-moving": 0.2,
+        "groups-2/brn-moving-early": 0.025,
+        "one-label/bn": 0.05,
+        "one-label/brn": 0.025,
+        "one-label/brn-moving": 0.0125,
+        "one-label/brn-moving-early": 0.1,
     },
 }
 
