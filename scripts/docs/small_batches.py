@@ -97,9 +97,9 @@ def table(name: str) -> str:
     accuracy = {
         arm.name: tests(found, arm.name, arm.learning_rate) for arm in preset.arms if arm.learning_rate is not None
     }
-    those = [accuracy.get(arm, {}) for arm in ("whole/bn", "whole/brn", "whole/brn-early")]
-    # Without them there is nothing that a gap could be measured against.
-    whole = max(those, key=lambda values: statistics.fmean(values.values())) if all(those) else {}
+    # Without these there is nothing that a gap could be measured against.
+    those = [values for arm in ("whole/bn", "whole/brn", "whole/brn-early") if (values := accuracy.get(arm))]
+    whole = max(those, key=lambda values: statistics.fmean(values.values()), default={})
     lines = [
         "| normalised together | normaliser | learning rate | test accuracy, % | n | failed | share of the gap, % |",
         "|---|---|--:|--:|--:|--:|--:|",
