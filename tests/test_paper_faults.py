@@ -361,9 +361,9 @@ def test_stopped_it_keeps_what_it_has(sent: signal.Signals, workers: int, starte
     assert "Traceback" not in process.said
     assert is_empty(process.process.pid)
     run = tmp_path / "runs" / "endless"
-    # Every job that was going on has left a checkpoint.
+    # Every job that was going on has left a checkpoint, one whose first step was not told any more too.
     assert max(steps_kept(run).values()) >= told
-    assert len(steps_kept(run)) == (2 if process.said.count("| noniid/bn") else 1)
+    assert len(steps_kept(run)) >= (2 if process.said.count("| noniid/bn") else 1)
     can_go_on(ENDLESS, run)
 
 
