@@ -27,7 +27,6 @@ from unittest import mock
 from batchrenorm import ClipSchedule
 from batchrenorm.paper import runs
 from batchrenorm.paper.experiment import Arm, Preset
-from batchrenorm.paper.normalizers import MOVING
 from batchrenorm.paper.presets import PRESETS
 from batchrenorm.paper.small_batch import CANDIDATES
 from batchrenorm.paper.summary import is_final
@@ -39,6 +38,7 @@ GUESSING = 1.0  # percent; a rate at which the first seed learns nothing is not 
 ORDER = ("groups-4", "whole", "groups-2", "groups-8", "one-label", "pairs", "groups-1")
 ROBUST = {"small-batch": (0.1, 0.4), "small-batch-conv": (0.025, 0.1), "small-batch-fashion": (0.05, 0.2)}
 SHARES = (0.1, 0.3, 0.6)
+EVERYWHERE = ("brn-moving", "brn-moving-early")
 MAP_REGIMES = ("groups-4", "groups-2", "groups-8", "whole")
 
 Records = list[dict[str, Any]]
@@ -100,7 +100,7 @@ def robust(preset: Preset, records: Records) -> Iterator[Job]:
     """One default setting, ten seeds, two learning rates."""
     for seed in range(10):
         for rate in ROBUST[preset.name]:
-            for normalizer in MOVING[:2]:
+            for normalizer in EVERYWHERE:
                 yield Job(replace(preset.arm(f"groups-4/{normalizer}"), learning_rate=rate), seed)
 
 
@@ -113,7 +113,7 @@ def stability(preset: Preset, records: Records) -> Iterator[Job]:
         rate *= 2
         for regime in MAP_REGIMES:
             for seed in TUNING_SEEDS:
-                for normalizer in (*MOVING[:2], "brn"):
+                for normalizer in (*EVERYWHERE, "brn"):
                     yield Job(replace(preset.arm(f"{regime}/{normalizer}"), learning_rate=rate), seed)
 
 
